@@ -9,202 +9,19 @@ The idea that makes it fast (ours): whatever its 110 operations do, the cell is 
 evaluated op by op only on a grid of a few thousand points, and the millions of activations of the network are looked
 up in that table (`Lookup`). See `Cell.draw`.
 """
-import re
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import ALL, CLIP, Op, arity, nearest, select
+from ops import CLIP, Activation, Op, arity, named, select, valid
 
 CHOICES = ('U0', 'U1', 'B0', 'U2', 'U3', 'B1')  # the order in which a cell is evaluated
+NORMALISERS = ('none', 'scale', 'centre')
+BINS = 256  # of the histogram of a site's inputs
 SAMPLERS = ('dirichlet', 'shared', 'mean', 'softmax')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Expressions: a result is text, `mul(sigmoid(x), scale(x, 0.5))`. Parsed here, never by eval.
-
-class ExpressionError(ValueError):
-    """A text that is no expression. The message says what is wrong, where, and what would be right."""
-
-
-class Node(NamedTuple):
-    """One operation in an expression. inputs: Nodes or 'x'; scalar: index into the activation's scalars, or None."""
-    op: Op
-    inputs: tuple
-    scalar: Optional[int]
-
-
-Tree = Union[Node, str]
-MAX_LENGTH, MAX_DEPTH, MAX_NODES = 10_000, 50, 500  # far beyond any cell; bounds what a hostile file can cost
-TOKEN = re.compile(r'\s*(?:([A-Za-z_]\w*)|([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|([(),]))')
-
-
-def simple(op: Op, inputs: tuple, scalar: Optional[int]) -> Tree:
-    """A Node, or the input itself where the operation only passes it on: identity(a) and left(a, b) are a."""
-    if op.name in ('identity', 'left', 'right'):
-        return inputs[op.name == 'right']
-    return Node(op, inputs, scalar)
-
-
-def parse(text: str) -> tuple[Tree, list[float]]:
-    """The tree of an expression and its scalars, in the order in which they stand in the text.
-
-    >>> parse('mul(sigmoid(x), scale(x, 0.5))')[1]
-    [0.5]
-
-    A scalar that is not written takes its initial value. Raises ExpressionError, and nothing else, for any text.
-    """
-    if len(text) > MAX_LENGTH:
-        raise ExpressionError(f'the expression has {len(text)} characters; the limit is {MAX_LENGTH}')
-    tokens, position = [], 0
-    while text[position:].strip():
-        match = TOKEN.match(text, position)
-        if not match:
-            here = text[position:].lstrip()
-            raise ExpressionError(f"unexpected '{here[:12]}' at character {len(text) - len(here) + 1} of the expression; "
-                                  f"an expression looks like mul(sigmoid(gelu(x)), elu(x))")
-        tokens.append((match.group(match.lastindex), match.lastindex, match.start(match.lastindex) + 1))
-        position = match.end()
-    tokens.append(('the end', 3, len(text) + 1))
-    scalars: list[float] = []
-    at = nodes = 0
-
-    def take(expected: str) -> None:
-        nonlocal at
-        token, _, place = tokens[at]
-        if token != expected:
-            raise ExpressionError(f"expected '{expected}' but found '{token[:40]}' at character {place} of the expression")
-        at += 1
-
-    def expression(depth: int) -> Tree:
-        nonlocal at, nodes
-        (name, kind, place), nodes = tokens[at], nodes + 1
-        if depth > MAX_DEPTH or nodes > MAX_NODES:
-            raise ExpressionError(f'the expression is too large: more than {MAX_DEPTH} levels or {MAX_NODES} operations')
-        if kind != 1:
-            hint = '; a number stands last in scale, bias, mix, or in const(2)' if kind == 2 else ''
-            raise ExpressionError(f"expected x or an operation but found '{name[:40]}' at character {place}{hint}")
-        at += 1
-        if name == 'x':
-            return 'x'
-        if name not in ALL:
-            raise ExpressionError(f"unknown operation '{name[:40]}' at character {place}{nearest(name, ALL)}; "
-                                  f"valid: {', '.join(ALL)}")
-        op, inputs, scalar = ALL[name], [], None
-        take('(')
-        for k in range(arity(op)):
-            if k:
-                take(',')
-            inputs.append(expression(depth + 1))
-        if op.scalar is not None:
-            value = op.scalar
-            if inputs and tokens[at][0] == ',':
-                at += 1
-            if tokens[at][1] == 2:
-                value, at = float(tokens[at][0]), at + 1
-            if not abs(value) < 1e30:  # also refuses a literal that overflows to infinity
-                raise ExpressionError(f'the scalar of {name} at character {place} is {value}; its size must be below 1e30')
-            scalar = len(scalars)
-            scalars.append(value)
-        take(')')
-        return simple(op, tuple(inputs), scalar)
-
-    tree = expression(1)
-    take('the end')
-    return tree, scalars
-
-
-class Activation(nn.Module):
-    """A discrete activation function: an expression with its learnable scalars as parameters.
-
-    >>> f = Activation('mul(sigmoid(gelu(x)), elu(x))')
-    >>> f.formula
-    'clip(sigmoid(gelu(x)) * elu(x))'
-    >>> f(torch.zeros(1))               # sigmoid(0) * 0
-    tensor([0.])
-
-    expression: see `parse`. clip: the paper's l, the bound on outputs of operations that grow faster than linearly;
-    None for none. Takes and returns any shape. Raises ExpressionError for a text that is no expression.
-    """
-
-    def __init__(self, expression: str, clip: Optional[float] = CLIP):
-        super().__init__()
-        self.tree, values = parse(expression)
-        self.scalars = nn.ParameterList([nn.Parameter(torch.tensor(value)) for value in values])
-        self.clip = clip
-
-    def forward(self, x: Tensor) -> Tensor:
-        def value(tree: Tree) -> Tensor:
-            if tree == 'x':
-                return x
-            # a constant has no input of its own; x gives it its shape
-            inputs = [value(node) for node in tree.inputs] or [x]
-            scalar = None if tree.scalar is None else self.scalars[tree.scalar].to(x.dtype)
-            return tree.op(*inputs, scalar=scalar, clip=self.clip)
-        return value(self.tree)
-
-    @property
-    def expression(self) -> str:
-        """The expression with the current scalars. `Activation(f.expression, f.clip)` is the same function, exactly."""
-        def text(tree: Tree) -> str:
-            if tree == 'x':
-                return 'x'
-            words = [text(node) for node in tree.inputs]
-            if tree.scalar is not None:
-                words.append(f'{self.scalars[tree.scalar].item():.9g}')  # 9 digits hold a float32 without loss
-            return f'{tree.op.name}({", ".join(words)})'
-        return text(self.tree)
-
-    @property
-    def formula(self) -> str:
-        """Ordinary mathematical notation, scalars to 3 digits; clip(y) stands for max(-l, min(l, y))."""
-        def text(tree: Tree) -> tuple[str, int]:
-            if tree == 'x':
-                return 'x', 4
-            words = {}
-            for key, node, need in zip('ab', tree.inputs, tree.op.needs):
-                word, level = text(node)
-                words[key] = word if level >= need else f'({word})'
-            if tree.scalar is not None:
-                words['p'] = f'{self.scalars[tree.scalar].item():.3g}'
-            word = tree.op.formula.format(**words).replace('+ -', '- ')
-            return (f'clip({word})', 4) if tree.op.clips and self.clip is not None else (word, tree.op.level)
-        return text(self.tree)[0]
-
-    def extra_repr(self) -> str:
-        return self.expression
-
-
-# Known activations by name: (expression, clip). The standard ones are not clipped.
-NAMED: dict[str, tuple[str, Optional[float]]] = {
-    **{name: (f'{name}(x)', None) for name in ('relu', 'leaky_relu', 'elu', 'silu', 'gelu', 'tanh', 'sigmoid', 'softplus')},
-    'identity': ('x', None),
-    'relu2': ('square(relu(x))', None),
-    'mish': ('mul(x, tanh(softplus(x)))', None),
-    # Found by the paper's authors and left in their released code, without a word on which run they came from.
-    'grafs_resnet_1': ('mul(sigmoid(relu(x)), gelu(x))', CLIP),
-    'grafs_resnet_2': ('mul(sigmoid(relu(x)), elu(x))', CLIP),
-    'grafs_resnet_3': ('mul(sigmoid(gelu(x)), gelu(x))', CLIP),
-    'grafs_resnet_4': ('mul(sigmoid(leaky_relu(gelu(x))), leaky_relu(x))', CLIP),
-    'grafs_vit': ('mul(sigmoid(gelu(square(silu(x)))), silu(x))', CLIP),
-    'grafs_gpt_1': ('mul(silu(mul(sigmoid(relu(x)), gelu(x))), silu(x))', CLIP),
-    # 0.43 * silu(sigmoid(silu(x)) * x^2) + 0.57 * silu(x): the weight is sigmoid(gamma), gamma = log(0.43 / 0.57)
-    'grafs_gpt_2': ('mix(silu(mul(sigmoid(silu(x)), square(x))), silu(x), -0.28185115)', CLIP),
-}
-
-
-def named(text: str) -> Activation:
-    """The activation of a known name or of an expression. Raises ExpressionError, naming the nearest known name."""
-    text = text.strip()
-    if text in NAMED:
-        return Activation(*NAMED[text])
-    if re.fullmatch(r'\w+', text) and text != 'x':
-        raise ExpressionError(f"unknown activation '{text[:40]}'{nearest(text, NAMED)}; known: {', '.join(NAMED)}; "
-                              f"or give an expression such as 'mul(sigmoid(x), x)'")
-    return Activation(text)
 
 
 def cell_expression(chosen: tuple[Op, ...], scalars: tuple[Optional[float], ...] = (None,) * 6) -> str:
@@ -230,6 +47,16 @@ def random_expression(generator: torch.Generator, ops: str = 'base') -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table: piecewise linear between the points of a uniform grid.
+
+def flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory, as a view: for channels_last a plain
+    flatten() would copy."""
+    if x.is_contiguous():
+        return x.detach().view(-1)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.detach().permute(0, 2, 3, 1).reshape(-1)
+    return x.detach().reshape(-1)
+
 
 class Lookup(torch.autograd.Function):
     """y = f(x) for a function f known by its values on a uniform grid, linear in between, extrapolated at the ends.
@@ -276,16 +103,17 @@ class Cell(nn.Module):
         reduction); 'shared': one draw for all sites (DrNAS as published); 'mean': the mean of that Dirichlet, no noise
         (ours); 'softmax': DARTS.
     standard: name of the activation that `use_standard` puts in the cell's place (warm start).
-    normalise: scale each site's table so that its second moment, under the inputs that the site really sees, is that
-        of the standard activation (ours): it takes away the reward for gain, which otherwise outweighs shape.
+    normalise: 'none' (paper); 'scale': scale each site's table so that its second moment, under the inputs that the
+        site really sees, is that of the standard activation (ours): it takes away the reward for gain, which otherwise
+        outweighs shape; 'centre': subtract each table's mean as well.
     points, limit: the grid, `points` values on [-limit, limit].
     """
 
     def __init__(self, ops: str = 'base', clip: Optional[float] = CLIP, sampler: str = 'dirichlet',
-                 standard: str = 'relu', normalise: bool = False, points: int = 4096, limit: float = 12.0):
+                 standard: str = 'relu', normalise: str = 'none', points: int = 4096, limit: float = 12.0):
         super().__init__()
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler '{sampler}'{nearest(sampler, SAMPLERS)}; valid: {', '.join(SAMPLERS)}")
+        valid('sampler', sampler, SAMPLERS)
+        valid('normalise', normalise, NORMALISERS)
         unary, binary = select(ops)
         self.ops = tuple(binary if name[0] == 'B' else unary for name in CHOICES)
         self.clip, self.sampler, self.standard, self.normalise = clip, sampler, named(standard), normalise
@@ -296,12 +124,18 @@ class Cell(nn.Module):
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not yet dropped, by choice point
         self.register_buffer('grid', torch.linspace(-limit, limit, points))
         self.limit, self.step = limit, 2 * limit / (points - 1)
+        # Histogram of the inputs of each site, a running mean; N(0, 1) until something is seen.
+        self.register_buffer('bins', ((torch.arange(BINS) + 0.5) * points / BINS).long())  # grid index of bin centres
+        centres = self.grid[self.bins]
+        self.register_buffer('normal', torch.softmax(-centres.square() / 2, 0))
+        self.register_buffer('seen', torch.empty(0, BINS))
         self.sites = 0
         self.tables: Optional[tuple[Tensor, ...]] = None  # one a site; None: the standard activation
 
     def site(self) -> 'Site':
         """A module for the next place in the network where the activation stands."""
         self.sites += 1
+        self.seen = torch.cat([self.seen, self.normal[None]])
         return Site(self, self.sites - 1)
 
     # -- from alphas to weights
@@ -358,7 +192,35 @@ class Cell(nn.Module):
         The tables carry gradient to alphas and scalars; inside torch.no_grad() they do not.
         """
         values = self.evaluate(self.grid, self.weights())  # (rows, points)
+        if self.normalise != 'none':
+            values = self.normalised(values)
         self.tables = values.expand(self.sites, -1).unbind(0)
+
+    @torch.no_grad()
+    def observe(self, index: int, x: Tensor) -> None:
+        """Add a sample of the inputs of site `index` to its histogram: at most 8,192 of them, which is plenty for a
+        moment and costs next to nothing."""
+        x = flat(x)
+        x = x[::max(1, x.numel() // 8192)].float()
+        bin = ((x + self.limit) * (BINS / (2 * self.limit))).nan_to_num(0.0).clamp(0, BINS - 1).long()
+        self.seen[index].mul_(0.95).scatter_add_(0, bin, torch.full_like(x, 0.05 / x.numel()))
+
+    def normalised(self, values: Tensor) -> Tensor:
+        """(rows, points) tables -> (sites, points), each scaled to the standard activation's second moment under its
+        site's inputs. Differentiable: the part of the gradient that would only change the gain is taken out."""
+        def moments(f: Tensor) -> tuple[Tensor, Tensor]:
+            f = f[..., self.bins]
+            mean = (self.seen * f).sum(-1, keepdim=True) if self.normalise == 'centre' else torch.zeros_like(self.seen[:, :1])
+            return mean, (self.seen * (f - mean).square()).sum(-1, keepdim=True).clamp(min=1e-6)
+        mean, moment = moments(values)
+        _, standard = moments(self.standard(self.grid))
+        # at most 20 times, so that a function that vanishes on the inputs is not blown up to noise
+        return (values - mean) * (standard / moment).sqrt().clamp(max=20.0)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the cell still depends on an alpha or a scalar: False for a discrete cell without scalars."""
+        return any(len(active) > 1 or self.ops[k][active[0]].scalar is not None for k, active in enumerate(self.active))
 
     def use_standard(self) -> None:
         """Put the standard activation in the place of the cell (warm start)."""
@@ -419,6 +281,8 @@ class Site(nn.Module):
         return self._cell[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.cell.normalise != 'none':
+            self.cell.observe(self.index, x)
         if self.cell.tables is None:
             return self.cell.standard(x)
         return Lookup.apply(x, self.cell.tables[self.index], -self.cell.limit, self.cell.step)

@@ -1,0 +1,520 @@
+"""Search an activation function: `python search.py --model resnet20`.
+
+The loop is in `search`, and it is the lesson. Each step has two halves that are strictly separated:
+
+    1. architecture step   alphas and scalars of the cell, one Adam step on a validation batch
+    2. weight step         weights of the network, one step on a training batch
+
+while operations are dropped one by one until one function is left (paper: arXiv 2408.06820, sections 3.2 and 3.3).
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import models
+from cell import NORMALISERS, SAMPLERS, Cell, Site
+from ops import Activation, distance, named, valid
+
+
+class ConfigError(ValueError):
+    """An option that cannot be. The message names it, and what can be."""
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={'help': help})
+
+
+@dataclass
+class Config:
+    """Every field is an option of the command line: `shrink_from` is `--shrink-from`. Presets change the defaults.
+
+    warmstart, shrink_from and shrink_until are steps, or below 1 a share of all steps, so that --steps alone
+    rescales a search.
+    """
+    model: str = option('resnet20', f'one of {", ".join(models.STANDARD)}')
+    data: str = option('', 'a data set; default: the built-in sample that suits the model')
+    data_dir: Optional[str] = option(None, 'folder with the data files, where they are already there')
+    preset: str = option('laptop', 'laptop: minutes on two cores, built-in data. paper: its data and settings')
+    seed: int = option(0, 'of the split, the initial weights, the batches and the sampling')
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+    out: str = option('', 'run folder; default runs/<model>-<data>-seed<seed>')
+    teacher: str = option('', 'for --model toy: plant this function in a teacher network and see whether it is found')
+    # the weights
+    steps: int = option(500, 'bi-level steps; one is an architecture step and a weight step')
+    batch_size: int = option(64, 'images or text windows in a batch, for each of the two halves of a step')
+    accumulate: int = option(1, 'batches whose gradients are added up for one step')
+    context: int = option(128, 'length of a text window, in tokens')
+    optimizer: str = option('adamw', 'of the weights: sgd or adamw')
+    lr: float = option(1e-3, 'of the weights, the highest of the schedule')
+    lr_end: float = option(1.0, 'share of lr left at the end of the cosine schedule; 1: constant')
+    warmup: float = option(0.0, 'steps (or share of them) in which lr rises from 0')
+    weight_decay: float = option(1e-4, 'of the weights; none on the cell')
+    grad_clip: float = option(1.0, 'bound on the norm of the gradient of either level; 0: none')
+    # the cell
+    arch_lr: float = option(0.01, 'of alphas and scalars (Adam, betas 0.5 and 0.999)')
+    arch_weight_decay: float = option(1e-3, 'of alphas and scalars')
+    warmstart: float = option(0.15, 'first steps, in which the weights train with the standard activation')
+    warm_alphas: bool = option(False, 'the alphas learn during the warm start already (paper); else they rest')
+    shrink_from: float = option(0.3, 'step at which dropping operations starts')
+    shrink_until: float = option(0.92, 'step at which one operation a choice point is left')
+    shrink: str = option('linear', 'pace of the drops: linear, log (paper: most of them early) or none (all at the end)')
+    sampler: str = option('mean', f'how alphas become weights: {", ".join(SAMPLERS)}')
+    normalise: str = option('scale', "take gain out of each site's table: none (paper), scale or centre")
+    ops: str = option('base', 'operations: base, periodic, swish, no-composites, names; a minus takes one out')
+    clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; 'none' for none")
+    points: int = option(4096, 'of the grid on which the cell is tabulated')
+    # the run-off (ours)
+    runoff: int = option(12, 'candidates trained from scratch and judged on validation; 0: none (paper)')
+    runoff_steps: float = option(0.04, 'steps of the first round; each further round halves the field and doubles them')
+    # the log
+    checkpoint_every: float = option(60.0, 'seconds between checkpoints')
+
+    def at(self, value: float) -> int:
+        """A step, from a step or a share of all steps."""
+        return round(value * self.steps) if value < 1 else int(value)
+
+
+# The settings that depend on the model. laptop: chosen on the built-in samples, see results/README.md. paper: its
+# appendix; epochs are counted in steps of the 75 % of the data that trains the weights.
+_PAPER = dict(sampler='dirichlet', normalise='none', warm_alphas=True, shrink='log', shrink_until=0.98,
+              grad_clip=5.0, runoff=0)
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    'laptop': {
+        'resnet20': dict(data='cifar10_16', steps=500, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
+                         weight_decay=5e-4),
+        'vit_tiny': dict(data='cifar10_16', steps=300, batch_size=32, lr=5e-4, lr_end=0.1, warmup=0.1,
+                         weight_decay=0.05),
+        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, lr=1e-3, lr_end=0.1, warmup=0.1,
+                        weight_decay=0.1),
+        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2, weight_decay=0.0,
+                    warmstart=0.05, shrink_until=0.9),
+    },
+    'paper': {
+        # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs; shrinking from epoch 2.
+        'resnet20': dict(data='cifar10', steps=14650, batch_size=64, accumulate=2, optimizer='sgd', lr=0.1,
+                         weight_decay=1e-4, arch_lr=6e-4, warmstart=293, shrink_from=586, **_PAPER),
+        # 73 steps an epoch: batches of 128, four accumulated
+        'vit_tiny': dict(data='cifar10', steps=3650, batch_size=128, accumulate=4, lr=1e-3, lr_end=0.0,
+                         weight_decay=0.0, arch_lr=6e-4, warmstart=73, shrink_from=146, **_PAPER),
+        'minigpt': dict(data='tinystories', steps=1000, batch_size=64, accumulate=10, context=256, lr=1e-3, lr_end=0.1,
+                        weight_decay=0.1, arch_lr=1e-3, warmstart=100, shrink_from=200, **{**_PAPER, 'grad_clip': 1.0}),
+        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2, weight_decay=0.0,
+                    arch_lr=1e-2, warmstart=100, shrink_from=200, **_PAPER),
+    },
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The search.
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """For the architecture step: no gradient for the weights, which also saves their third of the backward pass, and
+    no validation batch in the running statistics of batch norm, a leak that is easy to miss."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    norms = [m for m in model.modules() if getattr(m, 'track_running_stats', False)]
+    for p in weights:
+        p.requires_grad_(False)
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+        for m in norms:
+            m.track_running_stats = True
+
+
+def bound(gradients: list[Tensor], limit: float) -> Tensor:
+    """Scale the gradients in place to a common norm of at most `limit` (0: leave them). A gradient that is not finite
+    becomes zero. Returns whether it was finite, as a tensor: asking for its value would make a GPU wait."""
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    finite = norm.isfinite()
+    factor = (limit / norm.clamp(min=1e-12)).clamp(max=1.0) if limit else torch.ones_like(norm)
+    torch._foreach_mul_(gradients, torch.where(finite, factor, 0.0))
+    for g in gradients:
+        g.nan_to_num_(0.0, 0.0, 0.0)  # subtle: 0 * inf is NaN
+    return finite
+
+
+def drops_due(step: int, config: Config, drops: int) -> int:
+    """How many of all `drops` are due by the end of `step`: 0 before shrink_from, all of them at shrink_until.
+
+    >>> [drops_due(s, Config(steps=10, shrink_from=4, shrink_until=8), 104) for s in (3, 4, 5, 6, 7, 8)]
+    [0, 0, 26, 52, 78, 104]
+    """
+    first, last = config.at(config.shrink_from), config.at(config.shrink_until)
+    if config.shrink == 'none':
+        return drops if step >= last else 0
+    done = min(max(step - first, 0), last - first)
+    if config.shrink == 'linear':
+        return drops * done // max(last - first, 1) if step < last else drops
+    # log (paper): the k-th drop at step first + (last - first)^(k / drops), so that most come early
+    if step >= last:
+        return drops
+    return 0 if done < 1 else int(drops * math.log(done + 1e-9) / math.log(last - first)) if last - first > 1 else drops
+
+
+def weight_optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    if config.optimizer == 'sgd':
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    # Biases, norms and learned scalars (one dimension) are not decayed.
+    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=config.weight_decay),
+              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear warm-up, then a cosine from lr to lr_end * lr."""
+    warmup = config.at(config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return config.lr * min(1.0, (step + 1) / max(warmup, 1)) * (config.lr_end + (1 - config.lr_end) * cosine)
+
+
+def cell_of(model: nn.Module) -> Cell:
+    """The one cell whose sites stand in `model`. Raises ConfigError when there is none, or more than one."""
+    cells = {id(m.cell): m.cell for m in model.modules() if isinstance(m, Site)}
+    if len(cells) != 1:
+        raise ConfigError(f'the model holds sites of {len(cells)} cells; build it with activation=cell.site of one Cell')
+    return cells.popitem()[1]
+
+
+def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, loss: Callable[[Tensor, Tensor], Tensor],
+           config: Config, report: Callable[[dict], None] = lambda row: None) -> tuple[Activation, dict[str, float]]:
+    """Search an activation for `model`, whose activations are sites of one relaxed `Cell`.
+
+    train_batches, val_batches: endless iterators of (input, target) on the model's device, from disjoint data.
+    loss: (output, target) -> scalar tensor. report: called after every step with what happened in it.
+    Returns the activation found, and how it scored on validation batches. What is called with those is up to the
+    caller: the command line writes them to the run folder.
+    """
+    cell = cell_of(model)
+    weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in architecture}, 'weights and architecture overlap'
+    weight_opt = weight_optimizer(weights, config)
+    arch_opt = torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999),
+                                weight_decay=config.arch_weight_decay)
+    drops = cell.operations() - 6
+    total, warmstart = drops, config.at(config.warmstart)
+    initial = copy.deepcopy(model.state_dict())
+    proposals = [cell.standard.expression] if config.runoff else []
+    model.train()
+
+    for step in range(config.steps):
+        warm = step < warmstart
+        row: dict[str, Any] = {'step': step + 1}
+
+        # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradients over
+        #    without writing a .grad anywhere; the weights do not even ask for one.
+        if (not warm or config.warm_alphas) and cell.learns:
+            gradients = [torch.zeros_like(p) for p in architecture]
+            for _ in range(config.accumulate):
+                x, y = next(val_batches)
+                cell.draw()
+                with frozen(model):
+                    val_loss = loss(model(x), y)
+                    found = torch.autograd.grad(val_loss, architecture, allow_unused=True)
+                torch._foreach_add_([g for g, f in zip(gradients, found) if f is not None],
+                                    [f for f in found if f is not None], alpha=1 / config.accumulate)
+            row['arch_finite'] = bound(gradients, config.grad_clip)
+            for p, g in zip(architecture, gradients):
+                p.grad = g
+            arch_opt.step()
+            arch_opt.zero_grad()
+            row['val_loss'] = val_loss.detach()
+
+        # 2. Weight step: the weights, on training batches. The tables are drawn without a graph, so that nothing
+        #    leads back to the alphas.
+        for group in weight_opt.param_groups:
+            group['lr'] = learning_rate(step, config)
+        for _ in range(config.accumulate):
+            x, y = next(train_batches)
+            if warm:
+                cell.use_standard()
+            else:
+                with torch.no_grad():
+                    cell.draw()
+            train_loss = loss(model(x), y)
+            (train_loss / config.accumulate).backward()
+        row['weight_finite'] = bound([p.grad for p in weights if p.grad is not None], config.grad_clip)
+        weight_opt.step()
+        weight_opt.zero_grad()
+        row['train_loss'] = train_loss.detach()
+
+        # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
+        while total - drops < drops_due(step + 1, config, total):
+            row.setdefault('dropped', []).append(cell.drop())
+            drops -= 1
+        # Proposals for the run-off: what the alphas say at moments spread over the shrinking.
+        if config.runoff and not warm and (step + 1) % max(1, (config.steps - warmstart) // config.runoff) == 0:
+            proposals.append(cell.expression())
+        report(row)
+
+    assert cell.operations() == 6, 'the shrinking schedule did not end with one operation a choice point'
+    found = cell.activation()
+    if not config.runoff:
+        with torch.no_grad():
+            cell.draw()
+        return found, score(model, val_batches, loss)
+    proposals.append(found.expression)
+    return runoff(model, initial, proposals, train_batches, val_batches, loss, config, report)
+
+
+def runoff(model: nn.Module, initial: dict, proposals: list[str], train_batches: Iterator, val_batches: Iterator,
+           loss: Callable, config: Config, report: Callable[[dict], None]) -> tuple[Activation, dict[str, float]]:
+    """Which of the proposed functions is best when trained from scratch? Successive halving (ours).
+
+    The search rewards a function that suits weights already trained; this judges what a user will do with it. Every
+    candidate starts from the same initial weights; training batches train, validation batches judge. A round trains
+    each candidate for some steps; the better half goes on to a round of twice the steps.
+    """
+    cell = cell_of(model)
+    field = list(dict.fromkeys(reversed(proposals)))[:config.runoff]  # without duplicates, the latest first
+    steps = max(2, config.at(config.runoff_steps))
+    while True:
+        ranking = []
+        for expression in field:
+            activation = Activation(expression, config.clip).to(cell.grid.device)
+            model.load_state_dict(initial)
+            with torch.no_grad():
+                cell.tables = (activation(cell.grid),) * cell.sites
+            optimizer = weight_optimizer([p for p in model.parameters() if p.requires_grad], config)
+            schedule = dataclasses.replace(config, steps=steps)
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    group['lr'] = learning_rate(step, schedule)
+                x, y = next(train_batches)
+                loss(model(x), y).backward()
+                bound([p.grad for p in model.parameters() if p.grad is not None], config.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            result = score(model, val_batches, loss)
+            ranking.append((result['loss'] if math.isfinite(result['loss']) else math.inf, expression, result))
+            report({'runoff_steps': steps, 'candidate': expression, 'formula': activation.formula, **result})
+        ranking.sort(key=lambda entry: entry[0])
+        field = [expression for _, expression, _ in ranking[:math.ceil(len(ranking) / 2)]]
+        if len(ranking) <= 3:
+            return Activation(field[0], config.clip), ranking[0][2]
+        steps *= 2
+
+
+@torch.no_grad()
+def score(model: nn.Module, batches: Iterator, loss: Callable, count: int = 20) -> dict[str, float]:
+    """Mean loss (and accuracy, for classes) of the network as it stands, over `count` batches."""
+    model.eval()
+    losses, hits = [], []
+    for _ in range(count):
+        x, y = next(batches)
+        output = model(x)
+        losses.append(loss(output, y))
+        if not y.is_floating_point():
+            hits.append((output.argmax(-1) == y).float().mean())
+    model.train()
+    result = {'loss': torch.stack(losses).mean().item()}
+    return result | ({'accuracy': torch.stack(hits).mean().item()} if hits else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+def configure(arguments: Optional[list[str]] = None) -> Config:
+    """The configuration: Config's defaults, then the preset of the model, then what the command line says.
+
+    Raises ConfigError (one line) for what cannot be.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Config):
+        name = '--' + f.name.replace('_', '-')
+        if isinstance(f.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=f.metadata['help'])
+        else:
+            kind = float if f.name == 'clip' else str if f.default is None else type(f.default)
+            parser.add_argument(name, type=(lambda text: None if text == 'none' else float(text)) if f.name == 'clip' else kind,
+                                metavar=kind.__name__.upper(), help=f"{f.metadata['help']} (default: {f.default})")
+    given = vars(parser.parse_args(arguments))
+    valid('--preset', preset := given.get('preset', 'laptop'), PRESETS)
+    valid('--model', model := given.get('model', 'resnet20'), PRESETS[preset])
+    config = Config(**{**PRESETS[preset][model], 'model': model, **given})
+    check(config)
+    config.device = choose_device(config.device)
+    config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for a value that cannot be, and for values that cannot be together."""
+    valid('--sampler', config.sampler, SAMPLERS)
+    valid('--normalise', config.normalise, NORMALISERS)
+    valid('--shrink', config.shrink, ('linear', 'log', 'none'))
+    valid('--optimizer', config.optimizer, ('sgd', 'adamw'))
+    valid('--data', config.data, ('teacher',) if config.model == 'toy' else data.DATA)
+    smallest = dict(steps=20, batch_size=1, accumulate=1, context=1, points=64, runoff=0, seed=0, grad_clip=0,
+                    weight_decay=0, arch_weight_decay=0, lr_end=0, warmup=0, warmstart=0, shrink_from=0)
+    for name, low in smallest.items():
+        if not low <= getattr(config, name) < 1e12:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least {low}")
+    for name in 'lr', 'arch_lr', 'clip', 'runoff_steps', 'shrink_until', 'checkpoint_every':
+        if getattr(config, name) is not None and not 0 < getattr(config, name) < 1e12:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be above 0")
+    warmstart, first, last = (config.at(v) for v in (config.warmstart, config.shrink_from, config.shrink_until))
+    if not warmstart <= first < last < config.steps:
+        raise ConfigError(f'--warmstart {warmstart}, --shrink-from {first}, --shrink-until {last} and --steps '
+                          f'{config.steps} must come in this order, with steps left after the last drop')
+
+
+def new_cell(config: Config) -> Cell:
+    return Cell(config.ops, config.clip, config.sampler, models.STANDARD[config.model], config.normalise, config.points)
+
+
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Of (batch, classes) or (batch, time, vocabulary) logits."""
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Tensor, Tensor], Tensor]]:
+    """The network with the sites of a new cell in it, training batches, validation batches, the loss."""
+    if config.teacher:
+        model, train_batches, val_batches = planted(config)
+        return model.to(config.device), train_batches, val_batches, F.mse_loss
+    dataset = data.load(config.data, config.data_dir)
+    train, val = data.split(dataset, config.seed)
+    shape = (dict(vocabulary=dataset.classes, context=config.context) if dataset.kind == 'text' else
+             dict(classes=dataset.classes, channels=dataset.channels))
+    if config.model == 'vit_tiny':
+        shape['side'] = dataset.side
+    torch.manual_seed(config.seed)
+    cell = new_cell(config)
+    model = models.build(config.model, cell.site, **shape)
+    batches = [data.Batches(dataset, part, config.batch_size, seed, augment=augment, context=config.context,
+                            device=config.device)
+               for part, seed, augment in ((train, 2 * config.seed, True), (val, 2 * config.seed + 1, False))]
+    return model.to(config.device), batches[0], batches[1], cross_entropy
+
+
+class Run:
+    """The run folder and the progress line. `report` is called after every step.
+
+    log.jsonl     one line each 1 % of the steps, and one for each candidate of the run-off
+    checkpoint.pt everything needed to go on (--resume), replaced every minute
+    """
+
+    def __init__(self, config: Config, model: nn.Module, resumed: Optional[dict] = None):
+        self.config, self.cell, self.folder = config, cell_of(model), Path(config.out)
+        self.started = self.printed = self.saved = time.monotonic()
+        self.first = resumed['step'] if resumed else 0
+        self.seconds = resumed['seconds'] if resumed else 0.0
+        self.dropped: list[str] = []
+        self.log = open(self.folder / 'log.jsonl', 'a', encoding='utf-8')
+        if resumed:
+            self.log.truncate(resumed['log_size'])
+        self.terminal = sys.stdout.isatty()
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+    def report(self, row: dict[str, Any], snapshot: Optional[Callable[[], dict]] = None) -> None:
+        now = time.monotonic()
+        if 'candidate' in row:
+            self.write(row)
+            self.show(f"run-off, {row['runoff_steps']} steps each: validation {row['loss']:.4f}  {row['formula']}", True)
+            return
+        self.dropped += row.get('dropped', [])
+        step, steps = row['step'], self.config.steps
+        if step % max(1, steps // 100) == 0 or step == steps:
+            # The only place where values leave the device: once in a hundred steps.
+            numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
+            numbers.update(operations=self.cell.operations(), expression=self.cell.expression(), dropped=self.dropped,
+                           alpha=[[round(v, 4) for v in a.tolist()] for a in self.cell.alpha])
+            self.dropped = []
+            self.write(numbers)
+            pace = (now - self.started) / (step - self.first)
+            self.show(f"step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} "
+                      f"val {numbers.get('val_loss', math.nan):.3f} | {numbers['operations']} ops left | "
+                      f"{self.cell.activation().formula} | {pace:.2f} s/step | {clock(pace * (steps - step))} left",
+                      now - self.printed > 10 or step in (1, steps))
+        if snapshot and (now - self.saved > self.config.checkpoint_every or step == steps):
+            self.log.flush()
+            state = {**snapshot(), 'seconds': self.elapsed(), 'log_size': self.log.tell()}
+            torch.save(state, self.folder / 'checkpoint.tmp')
+            os.replace(self.folder / 'checkpoint.tmp', self.folder / 'checkpoint.pt')
+            self.saved = now
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.log.write(json.dumps(row) + '\n')
+
+    def show(self, line: str, due: bool) -> None:
+        """On a terminal one line, rewritten in place; into a pipe a plain line when it is due."""
+        if self.terminal:
+            width = os.get_terminal_size().columns - 1
+            print('\r' + line[:width].ljust(width), end='', flush=True)
+        elif due:
+            print(line, flush=True)
+            self.printed = time.monotonic()
+
+    def finish(self, found: Activation, validation: dict[str, float]) -> None:
+        """Write activation.json and say what was found, where it is, and what to run next."""
+        self.log.close()
+        config, folder = self.config, self.folder
+        result = {'expression': found.expression, 'clip': found.clip, 'formula': found.formula,
+                  'scalars': [s.item() for s in found.scalars], 'model': config.model, 'data': config.data,
+                  'seed': config.seed, 'validation': validation, 'seconds': round(self.elapsed(), 1),
+                  'config': dataclasses.asdict(config),
+                  'versions': {'python': sys.version.split()[0], 'torch': torch.__version__}}
+        lines = []
+        if config.teacher:
+            result['planted'] = {'teacher': config.teacher, 'distance': distance(found.double(), named(config.teacher))}
+            lines.append(f"planted:     {named(config.teacher).formula}, RMS difference "
+                         f"{100 * result['planted']['distance']:.2f} % of its standard deviation")
+        (folder / 'activation.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+        scores = ', '.join(f'{key} {value:.4f}' for key, value in validation.items())
+        clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in found.formula else ''
+        print('\n' * self.terminal + '\n'.join([
+            '', f'    f(x) = {found.formula}{clipped}', '',
+            f'validation:  {scores}   ({clock(self.elapsed())} in all)', *lines,
+            f'files:       {folder}/activation.json, log.jsonl, checkpoint.pt',
+            f'next:        python evaluate.py {folder} --model {config.model}   # retrain it and compare']))
+
+
+def clock(seconds: float) -> str:
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    try:
+        config = configure(arguments)
+        if (Path(config.out) / 'config.json').exists():
+            raise ConfigError(f'{config.out} holds a run already; choose another --seed or --out, or remove the folder')
+        model, train_batches, val_batches, loss = prepare(config)
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        (Path(config.out) / 'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=1) + '\n')
+        run = Run(config, model)
+    except (ValueError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    weights = sum(p.numel() for p in model.parameters())
+    space = math.prod(map(len, run.cell.ops))
+    print(f'searching {space:,} functions for {config.model} ({weights:,} weights, {run.cell.sites} sites) on {config.data}, '
+          f'{config.steps} steps on {config.device}; run folder {config.out}', flush=True)
+    found, validation = search(model, train_batches, val_batches, loss, config, run.report)
+    run.finish(found, validation)
+
+
+if __name__ == '__main__':
+    main()
