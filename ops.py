@@ -230,7 +230,7 @@ def parse(text: str) -> tuple[Tree, list[float]]:
         match = TOKEN.match(text, position)
         if not match:
             here = text[position:].lstrip()
-            raise ExpressionError(f"unexpected '{here[:12]}' at character {len(text) - len(here) + 1} of the expression; "
+            raise ExpressionError(f"unexpected {here[:12]!r} at character {len(text) - len(here) + 1} of the expression; "
                                   f"an expression looks like mul(sigmoid(gelu(x)), elu(x))")
         tokens.append((match.group(match.lastindex), match.lastindex, match.start(match.lastindex) + 1))
         position = match.end()
