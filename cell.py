@@ -179,8 +179,8 @@ class Cell(nn.Module):
                     outputs.append(op(*inputs, scalar=scalar, clip=self.clip))
             if len(outputs) == 1:
                 return outputs[0]
-            stack = torch.stack(outputs, -2)                       # (operations, points) or (rows, operations, points)
-            return (weights[k][:, None, :] @ stack).squeeze(-2)    # (rows, points)
+            stack = torch.stack(torch.broadcast_tensors(*outputs), -2)  # (operations, points) or (rows, operations, points)
+            return (weights[k][:, None, :] @ stack).squeeze(-2)        # (rows, points)
 
         b0 = mixture(2, mixture(0, x), mixture(1, x))
         f = mixture(5, mixture(3, b0), mixture(4, x))
@@ -208,10 +208,13 @@ class Cell(nn.Module):
     def normalised(self, values: Tensor) -> Tensor:
         """(rows, points) tables -> (sites, points), each scaled to the standard activation's second moment under its
         site's inputs. Differentiable: the part of the gradient that would only change the gain is taken out."""
+        seen = self.seen.clone()  # the forward pass goes on counting while autograd still needs this
+
         def moments(f: Tensor) -> tuple[Tensor, Tensor]:
             f = f[..., self.bins]
-            mean = (self.seen * f).sum(-1, keepdim=True) if self.normalise == 'centre' else torch.zeros_like(self.seen[:, :1])
-            return mean, (self.seen * (f - mean).square()).sum(-1, keepdim=True).clamp(min=1e-6)
+            mean = (seen * f).sum(-1, keepdim=True) if self.normalise == 'centre' else torch.zeros_like(seen[:, :1])
+            return mean, (seen * (f - mean).square()).sum(-1, keepdim=True).clamp(min=1e-6)
+
         mean, moment = moments(values)
         _, standard = moments(self.standard(self.grid))
         # at most 20 times, so that a function that vanishes on the inputs is not blown up to noise
@@ -219,8 +222,8 @@ class Cell(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether the cell still depends on an alpha or a scalar: False for a discrete cell without scalars."""
-        return any(len(active) > 1 or self.ops[k][active[0]].scalar is not None for k, active in enumerate(self.active))
+        """Whether the tables drawn last depend on an alpha or a scalar: not so for a discrete cell without scalars."""
+        return self.tables is not None and self.tables[0].requires_grad
 
     def use_standard(self) -> None:
         """Put the standard activation in the place of the cell (warm start)."""

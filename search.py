@@ -222,22 +222,24 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
 
         # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradients over
         #    without writing a .grad anywhere; the weights do not even ask for one.
-        if (not warm or config.warm_alphas) and cell.learns:
+        if not warm or config.warm_alphas:
             gradients = [torch.zeros_like(p) for p in architecture]
             for _ in range(config.accumulate):
                 x, y = next(val_batches)
                 cell.draw()
+                if not cell.learns:
+                    break  # one operation a choice point, and none with a scalar: nothing left to learn here
                 with frozen(model):
                     val_loss = loss(model(x), y)
                     found = torch.autograd.grad(val_loss, architecture, allow_unused=True)
-                torch._foreach_add_([g for g, f in zip(gradients, found) if f is not None],
-                                    [f for f in found if f is not None], alpha=1 / config.accumulate)
+                used = [(g, f) for g, f in zip(gradients, found) if f is not None]
+                torch._foreach_add_([g for g, _ in used], [f for _, f in used], alpha=1 / config.accumulate)
+                row['val_loss'] = val_loss.detach()
             row['arch_finite'] = bound(gradients, config.grad_clip)
             for p, g in zip(architecture, gradients):
                 p.grad = g
             arch_opt.step()
             arch_opt.zero_grad()
-            row['val_loss'] = val_loss.detach()
 
         # 2. Weight step: the weights, on training batches. The tables are drawn without a graph, so that nothing
         #    leads back to the alphas.
@@ -353,7 +355,7 @@ def configure(arguments: Optional[list[str]] = None) -> Config:
     valid('--model', model := given.get('model', 'resnet20'), PRESETS[preset])
     config = Config(**{**PRESETS[preset][model], 'model': model, **given})
     check(config)
-    config.device = choose_device(config.device)
+    config.device = models.choose_device(config.device)
     config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
     return config
 
@@ -390,21 +392,25 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
 def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Tensor, Tensor], Tensor]]:
     """The network with the sites of a new cell in it, training batches, validation batches, the loss."""
+    torch.manual_seed(config.seed)
+    cell = new_cell(config)
     if config.teacher:
-        model, train_batches, val_batches = planted(config)
-        return model.to(config.device), train_batches, val_batches, F.mse_loss
+        teacher, model = models.teacher_and_student(lambda: named(config.teacher), cell.site)
+        batches = [data.TeacherBatches(teacher.to(config.device), config.batch_size, seed, config.device)
+                   for seed in (2 * config.seed, 2 * config.seed + 1)]
+        cell.to(config.device)
+        return model.to(config.device), batches[0], batches[1], F.mse_loss
     dataset = data.load(config.data, config.data_dir)
     train, val = data.split(dataset, config.seed)
     shape = (dict(vocabulary=dataset.classes, context=config.context) if dataset.kind == 'text' else
              dict(classes=dataset.classes, channels=dataset.channels))
     if config.model == 'vit_tiny':
         shape['side'] = dataset.side
-    torch.manual_seed(config.seed)
-    cell = new_cell(config)
     model = models.build(config.model, cell.site, **shape)
     batches = [data.Batches(dataset, part, config.batch_size, seed, augment=augment, context=config.context,
                             device=config.device)
                for part, seed, augment in ((train, 2 * config.seed, True), (val, 2 * config.seed + 1, False))]
+    cell.to(config.device)
     return model.to(config.device), batches[0], batches[1], cross_entropy
 
 
