@@ -9,6 +9,7 @@ The idea that makes it fast (ours): whatever its 110 operations do, the cell is 
 evaluated op by op only on a grid of a few thousand points, and the millions of activations of the network are looked
 up in that table (`Lookup`). See `Cell.draw`.
 """
+import math
 from typing import Optional
 
 import torch
@@ -48,45 +49,98 @@ def random_expression(generator: torch.Generator, ops: str = 'base') -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # The table: piecewise linear between the points of a uniform grid.
 
-def flat(x: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order in which they lie in memory, as a view: for channels_last a plain
-    flatten() would copy."""
-    if x.is_contiguous():
-        return x.detach().view(-1)
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x.detach().permute(0, 2, 3, 1).reshape(-1)
-    return x.detach().reshape(-1)
+SCRATCH: dict[torch.device, Tensor] = {}  # fresh memory costs more than all the arithmetic of a lookup
+
+
+def index_buffer(index: Tensor) -> Tensor:
+    """(n,) int16 -> the same as int64, in memory that the next call uses again."""
+    if index.device not in SCRATCH or SCRATCH[index.device].numel() < index.numel():
+        SCRATCH[index.device] = torch.empty(index.numel(), dtype=torch.int64, device=index.device)
+    return SCRATCH[index.device][:index.numel()].copy_(index)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """(numel,) view of a dense tensor as it lies in memory; for channels_last, flatten() would copy."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where it fills its memory, contiguous or channels_last; else a contiguous copy."""
+    whole = x.is_contiguous() or x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if whole else x.contiguous()
+
+
+def rows(index: Tensor) -> Tensor:
+    """(n,) -> (up to 16, the rest): gather and scatter along the rows of a matrix run in parallel."""
+    return index.view(math.gcd(index.numel(), 16), -1)
 
 
 class Lookup(torch.autograd.Function):
-    """y = f(x) for a function f known by its values on a uniform grid, linear in between, extrapolated at the ends.
+    """y = f(x) for a function f known by its values on a uniform grid: linear in between, extrapolated at the ends.
 
-    values (points,) at low + step * (0, 1, ...); x any shape. Exact gradients of the interpolated function: to x the
-    slope of its interval, to the values a histogram of the incoming gradient (only where the values ask for it).
+    x: any shape. values (points,) on the grid from -limit to limit. lines (points - 1, 2): intercept and slope of each
+    interval, see `lines`. Gradient to x: the slope. Gradient to the values: a histogram of the incoming gradient over
+    the intervals, half of it to either end. Exact for x in the middle of an interval, else off by half a step of x in
+    the function that it weighs, with either sign: nothing, in a sum over thousands; and x need not be kept.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, low: float, step: float) -> Tensor:
-        t = (x - low) / step
-        i = t.clamp(0, values.numel() - 2).to(torch.int32)
-        slope = values[1:] - values[:-1]
-        ctx.save_for_backward(x, i, slope)
-        ctx.low, ctx.step, ctx.table_grad = low, step, values.requires_grad
-        flat = i.flatten()
-        return torch.addcmul(values.index_select(0, flat).view_as(x), slope.index_select(0, flat).view_as(x), t - i)
+    def forward(ctx, x: Tensor, values: Tensor, lines: Tensor, limit: float) -> Tensor:
+        x = dense(x)
+        y = torch.empty_like(x)
+        scale = len(lines) / (2 * limit)
+        torch.mul(x, scale, out=y).add_(limit * scale).clamp_(0, len(lines) - 1)
+        index = y.to(torch.int16).clamp_(min=0)  # NaN may become anything; the result is NaN all the same, by x below
+        ctx.save_for_backward(index, lines)      # 2 bytes an element, half of what ReLU keeps
+        buffer = index_buffer(in_memory_order(index))
+        if lines.dtype == torch.float32:
+            # One gather fetches intercept and slope: as 8 bytes they are one int64. It may overwrite its own index.
+            torch.gather(lines.view(torch.int64).view(1, -1).expand(len(rows(buffer)), -1), 1, rows(buffer), out=rows(buffer))
+            line = buffer.view(torch.float32).view(-1, 2)
+        else:
+            line = lines[buffer]
+        torch.addcmul(line[:, 0], line[:, 1], in_memory_order(x), out=in_memory_order(y))
+        return y
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        x, i, slope = ctx.saved_tensors
-        flat = i.flatten()
-        dx = slope.index_select(0, flat).view_as(g) * g / ctx.step
-        dv = None
+        index, lines = ctx.saved_tensors
+        if g.stride() != index.stride():
+            g = torch.empty_like(index, dtype=g.dtype).copy_(g)
+        index, flat = rows(index_buffer(in_memory_order(index))), in_memory_order(g)
+        dx = dv = None
         if ctx.needs_input_grad[1]:
-            right = (((x - ctx.low) / ctx.step - i) * g).flatten()
-            dv = torch.zeros(slope.numel() + 1, dtype=g.dtype, device=g.device)
-            dv[:-1].index_add_(0, flat, g.flatten() - right)
-            dv[1:].index_add_(0, flat, right)
+            half = torch.zeros(len(index), len(lines), dtype=g.dtype, device=g.device)
+            half = half.scatter_add_(1, index, flat.view(index.shape)).sum(0) / 2
+            dv = F.pad(half, (0, 1)) + F.pad(half, (1, 0))
+        if ctx.needs_input_grad[0]:
+            dx = lines[:, 1].contiguous().expand(len(index), -1).gather(1, index).view(-1).mul_(flat)
+            dx = dx.as_strided(g.shape, g.stride())
         return dx, dv, None, None
+
+
+@torch.no_grad()
+def lines(values: Tensor, grid: Tensor) -> Tensor:
+    """(..., points) values of functions on the grid -> (..., points - 1, 2): y = intercept + slope * x by interval."""
+    slope = values.diff() / (grid[1] - grid[0])
+    return torch.stack([values[..., :-1] - slope * grid[:-1], slope], -1)
+
+
+class Tabulated(nn.Module):
+    """An activation through a table: what `evaluate.py --table` trains. Its scalars learn as usual, through the table.
+
+    For functions that are expensive op by op; activation: any function of one number, exact to about step^2 / 8 times
+    its curvature, and 2 bytes an element are kept for the backward pass.
+    """
+
+    def __init__(self, activation: nn.Module, points: int = 4096, limit: float = 12.0):
+        super().__init__()
+        self.activation, self.limit = activation, limit
+        self.register_buffer('grid', torch.linspace(-limit, limit, points), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.activation(self.grid)
+        return Lookup.apply(x.to(values.dtype), values, lines(values, self.grid), self.limit).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,14 +177,15 @@ class Cell(nn.Module):
                                          for ops in self.ops])
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not yet dropped, by choice point
         self.register_buffer('grid', torch.linspace(-limit, limit, points))
-        self.limit, self.step = limit, 2 * limit / (points - 1)
+        self.limit = limit
         # Histogram of the inputs of each site, a running mean; N(0, 1) until something is seen.
         self.register_buffer('bins', ((torch.arange(BINS) + 0.5) * points / BINS).long())  # grid index of bin centres
         centres = self.grid[self.bins]
         self.register_buffer('normal', torch.softmax(-centres.square() / 2, 0))
         self.register_buffer('seen', torch.empty(0, BINS))
         self.sites = 0
-        self.tables: Optional[tuple[Tensor, ...]] = None  # one a site; None: the standard activation
+        self.tables: Optional[tuple[Tensor, ...]] = None  # values on the grid, one a site; None: the standard activation
+        self.lines: tuple[Tensor, ...] = ()               # the same as intercepts and slopes
 
     def site(self) -> 'Site':
         """A module for the next place in the network where the activation stands."""
@@ -194,14 +249,19 @@ class Cell(nn.Module):
         values = self.evaluate(self.grid, self.weights())  # (rows, points)
         if self.normalise != 'none':
             values = self.normalised(values)
+        self.use(values)
+
+    def use(self, values: Tensor) -> None:
+        """Make every site look its inputs up in these tables: (sites, points), or (1, points) the same for all."""
         self.tables = values.expand(self.sites, -1).unbind(0)
+        self.lines = lines(values, self.grid).expand(self.sites, -1, -1).unbind(0)
 
     @torch.no_grad()
     def observe(self, index: int, x: Tensor) -> None:
         """Add a sample of the inputs of site `index` to its histogram: at most 8,192 of them, which is plenty for a
         moment and costs next to nothing."""
-        x = flat(x)
-        x = x[::max(1, x.numel() // 8192)].float()
+        x = in_memory_order(dense(x.detach()))
+        x = x[::x.numel() // 8192 | 1].float()  # an odd stride, or it would see the same few channels only
         bin = ((x + self.limit) * (BINS / (2 * self.limit))).nan_to_num(0.0).clamp(0, BINS - 1).long()
         self.seen[index].mul_(0.95).scatter_add_(0, bin, torch.full_like(x, 0.05 / x.numel()))
 
@@ -284,11 +344,13 @@ class Site(nn.Module):
         return self._cell[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.cell.normalise != 'none':
-            self.cell.observe(self.index, x)
-        if self.cell.tables is None:
-            return self.cell.standard(x)
-        return Lookup.apply(x, self.cell.tables[self.index], -self.cell.limit, self.cell.step)
+        cell = self.cell
+        if self.training and cell.normalise != 'none' and not cell.learns:  # in weight steps: the training inputs
+            cell.observe(self.index, x)
+        if cell.tables is None:
+            return cell.standard(x)
+        table = cell.tables[self.index]
+        return Lookup.apply(x.to(table.dtype), table, cell.lines[self.index], cell.limit).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f'site {self.index} of {self.cell.sites}'

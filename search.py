@@ -59,6 +59,7 @@ class Config:
     batch_size: int = option(64, 'images or text windows in a batch, for each of the two halves of a step')
     accumulate: int = option(1, 'batches whose gradients are added up for one step')
     context: int = option(128, 'length of a text window, in tokens')
+    tokens: str = option('bytes', 'of a text: bytes, or gpt2 (needs tiktoken)')
     optimizer: str = option('adamw', 'of the weights: sgd or adamw')
     lr: float = option(1e-3, 'of the weights, the highest of the schedule')
     lr_end: float = option(1.0, 'share of lr left at the end of the cosine schedule; 1: constant')
@@ -102,7 +103,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, lr=1e-3, lr_end=0.1, warmup=0.1,
                         weight_decay=0.1),
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2, weight_decay=0.0,
-                    warmstart=0.05, shrink_until=0.9),
+                    warmstart=0.05, shrink_until=0.9, normalise='centre', runoff=0),
     },
     'paper': {
         # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs; shrinking from epoch 2.
@@ -111,7 +112,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         # 73 steps an epoch: batches of 128, four accumulated
         'vit_tiny': dict(data='cifar10', steps=3650, batch_size=128, accumulate=4, lr=1e-3, lr_end=0.0,
                          weight_decay=0.0, arch_lr=6e-4, warmstart=73, shrink_from=146, **_PAPER),
-        'minigpt': dict(data='tinystories', steps=1000, batch_size=64, accumulate=10, context=256, lr=1e-3, lr_end=0.1,
+        'minigpt': dict(data='tinystories', steps=1000, batch_size=64, accumulate=10, context=256, tokens='gpt2', lr=1e-3, lr_end=0.1,
                         weight_decay=0.1, arch_lr=1e-3, warmstart=100, shrink_from=200, **{**_PAPER, 'grad_clip': 1.0}),
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2, weight_decay=0.0,
                     arch_lr=1e-2, warmstart=100, shrink_from=200, **_PAPER),
@@ -295,7 +296,7 @@ def runoff(model: nn.Module, initial: dict, proposals: list[str], train_batches:
             activation = Activation(expression, config.clip).to(cell.grid.device)
             model.load_state_dict(initial)
             with torch.no_grad():
-                cell.tables = (activation(cell.grid),) * cell.sites
+                cell.use(activation(cell.grid)[None])
             optimizer = weight_optimizer([p for p in model.parameters() if p.requires_grad], config)
             schedule = dataclasses.replace(config, steps=steps)
             for step in range(steps):
@@ -400,7 +401,7 @@ def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Te
                    for seed in (2 * config.seed, 2 * config.seed + 1)]
         cell.to(config.device)
         return model.to(config.device), batches[0], batches[1], F.mse_loss
-    dataset = data.load(config.data, config.data_dir)
+    dataset = data.load(config.data, config.data_dir, config.tokens)
     train, val = data.split(dataset, config.seed)
     shape = (dict(vocabulary=dataset.classes, context=config.context) if dataset.kind == 'text' else
              dict(classes=dataset.classes, channels=dataset.channels))
