@@ -1,9 +1,15 @@
-"""The networks, by hand. Each takes `activation`, a callable without arguments that makes one activation module a site.
+"""The networks, by hand, and how their weights are trained: what search.py and evaluate.py share.
 
     build('resnet20', nn.ReLU)            a plain network
     build('resnet20', cell.site)          the same network with the relaxed cell in all of its 19 sites
+
+Each network takes `activation`, a callable without arguments that makes one activation module a site.
 """
-from typing import Callable
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterable, Optional, TypeVar
 
 import torch
 import torch.nn as nn
@@ -189,6 +195,21 @@ def teacher_and_student(planted: MakeActivation, searched: MakeActivation, input
     return teacher.eval().requires_grad_(False), student
 
 
+def network(config: 'Training', activation: MakeActivation, dataset: Any) -> nn.Module:
+    """The network of that configuration in the shape that a `data.Dataset` asks for."""
+    name = config.model
+    if (name == 'minigpt') != (dataset.kind == 'text'):
+        raise ValueError(f'--model {name} does not go with --data {dataset.name}: minigpt reads text, the others images')
+    if name == 'minigpt':
+        shape = dict(vocabulary=dataset.classes, context=config.context, dropout=config.dropout)
+    elif name == 'toy':
+        shape = dict(inputs=dataset.channels * dataset.side ** 2, outputs=dataset.classes)
+    else:
+        shape = dict(classes=dataset.classes, channels=dataset.channels)
+        shape |= dict(side=dataset.side) if name == 'vit_tiny' else {}
+    return build(name, activation, **shape)
+
+
 def choose_device(name: str) -> str:
     """The device called `name`; 'auto' takes cuda, else mps, else cpu. Raises ValueError for one that is not there."""
     present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
@@ -198,3 +219,112 @@ def choose_device(name: str) -> str:
     if not present[name]:
         raise ValueError(f'--device {name}: this machine, or this build of PyTorch, has no {name}; use --device cpu')
     return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: settings, optimiser, schedule.
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={'help': help})
+
+
+@dataclass
+class Training:
+    """Every field is an option of the command line: `batch_size` is `--batch-size`. Presets change the defaults."""
+    model: str = option('resnet20', f'one of {", ".join(STANDARD)}')
+    data: str = option('', 'a data set; default: the built-in sample that suits the model')
+    data_dir: Optional[str] = option(None, 'folder with the data files, where they are already there')
+    preset: str = option('laptop', 'laptop: minutes on two cores, built-in data. paper: its data and settings')
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+    out: str = option('', '')
+    steps: int = option(500, 'training steps')
+    batch_size: int = option(64, 'images or text windows in a batch')
+    accumulate: int = option(1, 'batches whose gradients are added up for one step')
+    context: int = option(128, 'length of a text window, in tokens')
+    tokens: str = option('bytes', 'of a text: bytes, or gpt2 (needs tiktoken)')
+    optimizer: str = option('adamw', 'of the weights: sgd (momentum 0.9) or adamw (betas 0.9 and 0.99)')
+    lr: float = option(1e-3, 'of the weights, the highest of the schedule')
+    lr_end: float = option(1.0, 'share of lr left at the end of the cosine schedule; 1: constant')
+    warmup: float = option(0.0, 'steps (below 1: share of them) in which lr rises from 0')
+    drops: str = option('', "shares of the training after which lr is divided by 10, such as '0.5,0.75'")
+    weight_decay: float = option(1e-4, 'of the weights')
+    dropout: float = option(0.0, 'of minigpt')
+    grad_clip: float = option(1.0, 'bound on the norm of the gradient; 0: none')
+
+    def at(self, value: float) -> int:
+        """A step, from a step or a share of all steps."""
+        return round(value * self.steps) if value < 1 else int(value)
+
+    def check(self) -> None:
+        """Raise ValueError, one line, for a value that cannot be."""
+        try:
+            [float(word) for word in self.drops.split(',') if word]
+        except ValueError:
+            raise ValueError(f"--drops '{self.drops}': shares with commas between, such as 0.5,0.75") from None
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'--dropout {self.dropout}: it must be a share, 0 up to below 1')
+        valid('--optimizer', self.optimizer, ('sgd', 'adamw'))
+        valid('--tokens', self.tokens, ('bytes', 'gpt2'))
+        within(self, 1, 'batch_size', 'accumulate', 'context', 'steps')
+        within(self, 0, 'grad_clip', 'weight_decay', 'lr_end', 'warmup', 'lr')
+
+
+def within(config: Training, low: float, *names: str) -> None:
+    """Raise ValueError where one of these options is below `low`, not a number, or absurdly large."""
+    for name in names:
+        if not low <= getattr(config, name) < 1e12:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be a number from {low} up")
+
+
+AnyConfig = TypeVar('AnyConfig', bound=Training)
+
+
+def number_or_none(text: str) -> Optional[float]:
+    return None if text == 'none' else float(text)
+
+
+def configure(kind: type[AnyConfig], presets: dict[str, dict[str, dict[str, Any]]], parser: argparse.ArgumentParser,
+              arguments: Optional[list[str]]) -> tuple[AnyConfig, argparse.Namespace]:
+    """The defaults of the dataclass `kind`, then the preset of the model, then what the command line says.
+
+    parser: may hold further arguments; returned beside the configuration. Raises ValueError (one line).
+    """
+    group = parser.add_argument_group('settings, by name of the option')
+    for f in dataclasses.fields(kind):
+        name, kwargs = '--' + f.name.replace('_', '-'), dict(default=argparse.SUPPRESS, help=f.metadata['help'])
+        if isinstance(f.default, bool):
+            group.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
+        else:
+            number = number_or_none if f.type == Optional[float] else str if f.default is None else type(f.default)
+            group.add_argument(name, type=number, metavar=f.name.split('_')[-1].upper(), **kwargs)
+    everything = vars(parser.parse_args(arguments))
+    given = {f.name: everything.pop(f.name) for f in dataclasses.fields(kind) if f.name in everything}
+    valid('--preset', preset := given.get('preset', 'laptop'), presets)
+    valid('--model', model := given.get('model', 'resnet20'), presets[preset])
+    config = kind(**{**presets[preset][model], 'model': model, **given})
+    config.check()
+    config.device = choose_device(config.device)
+    return config, argparse.Namespace(**everything)
+
+
+def weight_optimizer(parameters: Iterable[nn.Parameter], config: Training) -> torch.optim.Optimizer:
+    """Biases, norms and learned scalars (fewer than two dimensions) are not decayed by AdamW."""
+    parameters = list(parameters)
+    if config.optimizer == 'sgd':
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=config.weight_decay),
+              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW([group for group in groups if group['params']], lr=config.lr, betas=(0.9, 0.99))
+
+
+def learning_rate(step: int, config: Training) -> float:
+    """Linear warm-up, then a cosine from lr to lr_end * lr, and a tenth of it after each of `drops`."""
+    warmup = config.at(config.warmup)
+    tenths = 0.1 ** sum(step >= float(share) * config.steps for share in config.drops.split(',') if share)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return config.lr * tenths * min(1.0, (step + 1) / max(warmup, 1)) * (config.lr_end + (1 - config.lr_end) * cosine)
+
+
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Of (batch, classes) or (batch, time, vocabulary) logits."""
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())

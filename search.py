@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-import models
 from cell import NORMALISERS, SAMPLERS, Cell, Site
+from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, teacher_and_student,
+                    weight_optimizer, within)
 from ops import Activation, distance, named, valid
 
 
@@ -35,37 +36,14 @@ class ConfigError(ValueError):
     """An option that cannot be. The message names it, and what can be."""
 
 
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={'help': help})
-
-
 @dataclass
-class Config:
-    """Every field is an option of the command line: `shrink_from` is `--shrink-from`. Presets change the defaults.
-
-    warmstart, shrink_from and shrink_until are steps, or below 1 a share of all steps, so that --steps alone
-    rescales a search.
-    """
-    model: str = option('resnet20', f'one of {", ".join(models.STANDARD)}')
-    data: str = option('', 'a data set; default: the built-in sample that suits the model')
-    data_dir: Optional[str] = option(None, 'folder with the data files, where they are already there')
-    preset: str = option('laptop', 'laptop: minutes on two cores, built-in data. paper: its data and settings')
+class Config(Training):
+    """The options of a search. warmstart, shrink_from and shrink_until are steps, or below 1 a share of all steps, so
+    that --steps alone rescales a search. Each departure from the paper is an option; 'paper' says its value."""
     seed: int = option(0, 'of the split, the initial weights, the batches and the sampling')
-    device: str = option('auto', 'auto, cpu, cuda or mps')
     out: str = option('', 'run folder; default runs/<model>-<data>-seed<seed>')
     teacher: str = option('', 'for --model toy: plant this function in a teacher network and see whether it is found')
-    # the weights
     steps: int = option(500, 'bi-level steps; one is an architecture step and a weight step')
-    batch_size: int = option(64, 'images or text windows in a batch, for each of the two halves of a step')
-    accumulate: int = option(1, 'batches whose gradients are added up for one step')
-    context: int = option(128, 'length of a text window, in tokens')
-    tokens: str = option('bytes', 'of a text: bytes, or gpt2 (needs tiktoken)')
-    optimizer: str = option('adamw', 'of the weights: sgd or adamw')
-    lr: float = option(1e-3, 'of the weights, the highest of the schedule')
-    lr_end: float = option(1.0, 'share of lr left at the end of the cosine schedule; 1: constant')
-    warmup: float = option(0.0, 'steps (or share of them) in which lr rises from 0')
-    weight_decay: float = option(1e-4, 'of the weights; none on the cell')
-    grad_clip: float = option(1.0, 'bound on the norm of the gradient of either level; 0: none')
     # the cell
     arch_lr: float = option(0.01, 'of alphas and scalars (Adam, betas 0.5 and 0.999)')
     arch_weight_decay: float = option(1e-3, 'of alphas and scalars')
@@ -74,20 +52,35 @@ class Config:
     shrink_from: float = option(0.3, 'step at which dropping operations starts')
     shrink_until: float = option(0.92, 'step at which one operation a choice point is left')
     shrink: str = option('linear', 'pace of the drops: linear, log (paper: most of them early) or none (all at the end)')
-    sampler: str = option('mean', f'how alphas become weights: {", ".join(SAMPLERS)}')
+    sampler: str = option('mean', f'how alphas become weights: {", ".join(SAMPLERS)} (paper: dirichlet)')
     normalise: str = option('scale', "take gain out of each site's table: none (paper), scale or centre")
     ops: str = option('base', 'operations: base, periodic, swish, no-composites, names; a minus takes one out')
     clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; 'none' for none")
-    points: int = option(4096, 'of the grid on which the cell is tabulated')
+    points: int = option(4096, 'of the grid on which the cell is tabulated, at most 32,768')
     # the run-off (ours)
     runoff: int = option(12, 'candidates trained from scratch and judged on validation; 0: none (paper)')
     runoff_steps: float = option(0.04, 'steps of the first round; each further round halves the field and doubles them')
     # the log
     checkpoint_every: float = option(60.0, 'seconds between checkpoints')
 
-    def at(self, value: float) -> int:
-        """A step, from a step or a share of all steps."""
-        return round(value * self.steps) if value < 1 else int(value)
+    def check(self) -> None:
+        super().check()
+        valid('--sampler', self.sampler, SAMPLERS)
+        valid('--normalise', self.normalise, NORMALISERS)
+        valid('--shrink', self.shrink, ('linear', 'log', 'none'))
+        valid('--data', self.data, data.DATA if not self.teacher else ('teacher',))
+        within(self, 0, 'runoff', 'seed', 'arch_weight_decay', 'warmstart', 'shrink_from', 'shrink_until', 'arch_lr',
+               'runoff_steps', 'checkpoint_every')
+        within(self, 20, 'steps')
+        within(self, 64, 'points')
+        if self.points > 32768:
+            raise ConfigError(f'--points {self.points}: at most 32768, the index of a lookup has 16 bits')
+        if self.clip is not None and not 0 < self.clip < 1e12:
+            raise ConfigError(f"--clip {self.clip}: it must be above 0, or 'none'")
+        warmstart, first, last = (self.at(v) for v in (self.warmstart, self.shrink_from, self.shrink_until))
+        if not warmstart <= first < last < self.steps:
+            raise ConfigError(f'--warmstart {warmstart}, --shrink-from {first}, --shrink-until {last} and --steps '
+                              f'{self.steps} must come in this order, with steps left after the last drop')
 
 
 # The settings that depend on the model. laptop: chosen on the built-in samples, see results/README.md. paper: its
@@ -113,7 +106,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         'vit_tiny': dict(data='cifar10', steps=3650, batch_size=128, accumulate=4, lr=1e-3, lr_end=0.0,
                          weight_decay=0.0, arch_lr=6e-4, warmstart=73, shrink_from=146, **_PAPER),
         'minigpt': dict(data='tinystories', steps=1000, batch_size=64, accumulate=10, context=256, tokens='gpt2', lr=1e-3, lr_end=0.1,
-                        weight_decay=0.1, arch_lr=1e-3, warmstart=100, shrink_from=200, **{**_PAPER, 'grad_clip': 1.0}),
+                        weight_decay=0.1, dropout=0.2, arch_lr=1e-3, warmstart=100, shrink_from=200,
+                        **{**_PAPER, 'grad_clip': 1.0}),
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2, weight_decay=0.0,
                     arch_lr=1e-2, warmstart=100, shrink_from=200, **_PAPER),
     },
@@ -170,22 +164,6 @@ def drops_due(step: int, config: Config, drops: int) -> int:
     if step >= last:
         return drops
     return 0 if done < 1 else int(drops * math.log(done + 1e-9) / math.log(last - first)) if last - first > 1 else drops
-
-
-def weight_optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    if config.optimizer == 'sgd':
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
-    # Biases, norms and learned scalars (one dimension) are not decayed.
-    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=config.weight_decay),
-              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up, then a cosine from lr to lr_end * lr."""
-    warmup = config.at(config.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    return config.lr * min(1.0, (step + 1) / max(warmup, 1)) * (config.lr_end + (1 - config.lr_end) * cosine)
 
 
 def cell_of(model: nn.Module) -> Cell:
@@ -336,59 +314,8 @@ def score(model: nn.Module, batches: Iterator, loss: Callable, count: int = 20) 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line.
 
-def configure(arguments: Optional[list[str]] = None) -> Config:
-    """The configuration: Config's defaults, then the preset of the model, then what the command line says.
-
-    Raises ConfigError (one line) for what cannot be.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Config):
-        name = '--' + f.name.replace('_', '-')
-        if isinstance(f.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=f.metadata['help'])
-        else:
-            kind = float if f.name == 'clip' else str if f.default is None else type(f.default)
-            parser.add_argument(name, type=(lambda text: None if text == 'none' else float(text)) if f.name == 'clip' else kind,
-                                metavar=kind.__name__.upper(), help=f"{f.metadata['help']} (default: {f.default})")
-    given = vars(parser.parse_args(arguments))
-    valid('--preset', preset := given.get('preset', 'laptop'), PRESETS)
-    valid('--model', model := given.get('model', 'resnet20'), PRESETS[preset])
-    config = Config(**{**PRESETS[preset][model], 'model': model, **given})
-    check(config)
-    config.device = models.choose_device(config.device)
-    config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
-    return config
-
-
-def check(config: Config) -> None:
-    """Raise ConfigError for a value that cannot be, and for values that cannot be together."""
-    valid('--sampler', config.sampler, SAMPLERS)
-    valid('--normalise', config.normalise, NORMALISERS)
-    valid('--shrink', config.shrink, ('linear', 'log', 'none'))
-    valid('--optimizer', config.optimizer, ('sgd', 'adamw'))
-    valid('--data', config.data, ('teacher',) if config.model == 'toy' else data.DATA)
-    smallest = dict(steps=20, batch_size=1, accumulate=1, context=1, points=64, runoff=0, seed=0, grad_clip=0,
-                    weight_decay=0, arch_weight_decay=0, lr_end=0, warmup=0, warmstart=0, shrink_from=0)
-    for name, low in smallest.items():
-        if not low <= getattr(config, name) < 1e12:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least {low}")
-    for name in 'lr', 'arch_lr', 'clip', 'runoff_steps', 'shrink_until', 'checkpoint_every':
-        if getattr(config, name) is not None and not 0 < getattr(config, name) < 1e12:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be above 0")
-    warmstart, first, last = (config.at(v) for v in (config.warmstart, config.shrink_from, config.shrink_until))
-    if not warmstart <= first < last < config.steps:
-        raise ConfigError(f'--warmstart {warmstart}, --shrink-from {first}, --shrink-until {last} and --steps '
-                          f'{config.steps} must come in this order, with steps left after the last drop')
-
-
 def new_cell(config: Config) -> Cell:
-    return Cell(config.ops, config.clip, config.sampler, models.STANDARD[config.model], config.normalise, config.points)
-
-
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Of (batch, classes) or (batch, time, vocabulary) logits."""
-    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+    return Cell(config.ops, config.clip, config.sampler, STANDARD[config.model], config.normalise, config.points)
 
 
 def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Tensor, Tensor], Tensor]]:
@@ -396,18 +323,14 @@ def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Te
     torch.manual_seed(config.seed)
     cell = new_cell(config)
     if config.teacher:
-        teacher, model = models.teacher_and_student(lambda: named(config.teacher), cell.site)
+        teacher, model = teacher_and_student(lambda: named(config.teacher), cell.site)
         batches = [data.TeacherBatches(teacher.to(config.device), config.batch_size, seed, config.device)
                    for seed in (2 * config.seed, 2 * config.seed + 1)]
         cell.to(config.device)
         return model.to(config.device), batches[0], batches[1], F.mse_loss
     dataset = data.load(config.data, config.data_dir, config.tokens)
     train, val = data.split(dataset, config.seed)
-    shape = (dict(vocabulary=dataset.classes, context=config.context) if dataset.kind == 'text' else
-             dict(classes=dataset.classes, channels=dataset.channels))
-    if config.model == 'vit_tiny':
-        shape['side'] = dataset.side
-    model = models.build(config.model, cell.site, **shape)
+    model = network(config, cell.site, dataset)
     batches = [data.Batches(dataset, part, config.batch_size, seed, augment=augment, context=config.context,
                             device=config.device)
                for part, seed, augment in ((train, 2 * config.seed, True), (val, 2 * config.seed + 1, False))]
@@ -505,7 +428,9 @@ def clock(seconds: float) -> str:
 
 def main(arguments: Optional[list[str]] = None) -> None:
     try:
-        config = configure(arguments)
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        config, _ = configure(Config, PRESETS, parser, arguments)
+        config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
         if (Path(config.out) / 'config.json').exists():
             raise ConfigError(f'{config.out} holds a run already; choose another --seed or --out, or remove the folder')
         model, train_batches, val_batches, loss = prepare(config)
