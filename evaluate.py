@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         'resnet20': dict(data='cifar10_16', steps=800, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.0, warmup=0.05,
                          weight_decay=5e-4),
         'vit_tiny': dict(data='cifar10_16', steps=250, batch_size=32, lr=5e-4, lr_end=0.0, warmup=0.1, weight_decay=0.05),
-        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=16, lr=1e-3, lr_end=0.1, warmup=0.1,
+        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, lr=1e-3, lr_end=0.1, warmup=0.1,
                         weight_decay=0.1),
         'toy': dict(data='cifar10_16', steps=2000, batch_size=64, lr=1e-3, lr_end=0.1),
     },
