@@ -320,6 +320,15 @@ class Cell(nn.Module):
             scalars.append(self.scalars[k][position].item() if picked[k].scalar is not None else None)
         return cell_expression(picked, tuple(scalars))
 
+    @torch.no_grad()
+    def curve(self, points: int = 81, limit: float = 4.0) -> list[float]:
+        """The relaxed function at its mean weights, at `points` inputs from -limit to limit: for the log and figures."""
+        weights = []
+        for k in range(6):
+            c = self.alpha[k][self.active[k]].softmax(0) if self.sampler == 'softmax' else self.concentration(k)
+            weights.append((c / c.sum())[None])
+        return self.evaluate(torch.linspace(-limit, limit, points, device=self.grid.device), weights).flatten().tolist()
+
     def activation(self) -> Activation:
         """The discrete cell as a module of its own."""
         return Activation(self.expression(), self.clip)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 import data
 from cell import Tabulated, random_expression
-from models import STANDARD, Training, configure, cross_entropy, learning_rate, network, option, weight_optimizer
+from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, options,
+                    weight_optimizer)
 from ops import Activation, named, valid
 
 
@@ -493,7 +494,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_argument('--card', metavar='ACTIVATION', help='print what a function is like and costs, train nothing')
     parser.add_argument('--figures', metavar='FOLDER', help='draw functions, seeds and curves there (needs matplotlib)')
     try:
-        config, given = configure(Config, PRESETS, parser, arguments)
+        chosen, given = options(Config, parser, arguments)
+        config = configure(Config, PRESETS, chosen)
         if given.card:
             print(card(resolve(given.card)))
             return

@@ -283,13 +283,10 @@ def number_or_none(text: str) -> Optional[float]:
     return None if text == 'none' else float(text)
 
 
-def configure(kind: type[AnyConfig], presets: dict[str, dict[str, dict[str, Any]]], parser: argparse.ArgumentParser,
-              arguments: Optional[list[str]]) -> tuple[AnyConfig, argparse.Namespace]:
-    """The defaults of the dataclass `kind`, then the preset of the model, then what the command line says.
-
-    parser: may hold further arguments; returned beside the configuration. Raises ValueError (one line).
-    """
-    group = parser.add_argument_group('settings, by name of the option')
+def options(kind: type[Training], parser: argparse.ArgumentParser, arguments: Optional[list[str]],
+            ) -> tuple[dict[str, Any], argparse.Namespace]:
+    """What the command line says about the fields of `kind`, and about the other arguments of the parser."""
+    group = parser.add_argument_group('settings')
     for f in dataclasses.fields(kind):
         name, kwargs = '--' + f.name.replace('_', '-'), dict(default=argparse.SUPPRESS, help=f.metadata['help'])
         if isinstance(f.default, bool):
@@ -299,12 +296,17 @@ def configure(kind: type[AnyConfig], presets: dict[str, dict[str, dict[str, Any]
             group.add_argument(name, type=number, metavar=f.name.split('_')[-1].upper(), **kwargs)
     everything = vars(parser.parse_args(arguments))
     given = {f.name: everything.pop(f.name) for f in dataclasses.fields(kind) if f.name in everything}
+    return given, argparse.Namespace(**everything)
+
+
+def configure(kind: type[AnyConfig], presets: dict[str, dict[str, dict[str, Any]]], given: dict[str, Any]) -> AnyConfig:
+    """The defaults of `kind`, then the preset of the model, then what is given. Raises ValueError (one line)."""
     valid('--preset', preset := given.get('preset', 'laptop'), presets)
     valid('--model', model := given.get('model', 'resnet20'), presets[preset])
     config = kind(**{**presets[preset][model], 'model': model, **given})
     config.check()
     config.device = choose_device(config.device)
-    return config, argparse.Namespace(**everything)
+    return config
 
 
 def weight_optimizer(parameters: Iterable[nn.Parameter], config: Training) -> torch.optim.Optimizer:

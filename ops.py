@@ -11,6 +11,7 @@ The name is what expressions use, the function takes one tensor (two for a binar
 formula prints. A fourth word, `scalar=1.0`, gives it a learnable scalar; `clips=True` bounds its output.
 """
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from typing import Callable, Iterable, NamedTuple, Optional, Union
@@ -388,3 +389,16 @@ def distance(found: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tenso
         gain = (p * f * y).sum() / (p * f * f).sum().clamp(min=1e-12)
         best = min(best, ((p * (gain * f - y).square()).sum() / (p * y * y).sum()).sqrt().item())
     return best
+
+
+@torch.no_grad()
+def bend(f: Callable[[Tensor], Tensor]) -> float:
+    """How far `f` is from a straight line: what the best line leaves of its standard deviation under N(0, 1), from 0
+    for a line to 1. A network with a line for its activation is a linear map; nan for a constant."""
+    x = torch.linspace(-5, 5, 2001, dtype=torch.float64)
+    p = torch.softmax(-x.square() / 2, 0)
+    y = f(x).double().expand(x.shape)
+    y = y - (p * y).sum()
+    variance = (p * y * y).sum()
+    slope = (p * x * y).sum() / (p * x * x).sum()
+    return ((p * (y - slope * x).square()).sum() / variance).sqrt().item() if variance > 1e-12 else math.nan

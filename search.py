@@ -11,14 +11,17 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 import torch
 import torch.nn as nn
@@ -27,9 +30,9 @@ from torch import Tensor
 
 import data
 from cell import NORMALISERS, SAMPLERS, Cell, Site
-from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, teacher_and_student,
-                    weight_optimizer, within)
-from ops import Activation, distance, named, valid
+from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, options,
+                    teacher_and_student, weight_optimizer, within)
+from ops import Activation, bend, distance, named, valid
 
 
 class ConfigError(ValueError):
@@ -175,13 +178,14 @@ def cell_of(model: nn.Module) -> Cell:
 
 
 def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, loss: Callable[[Tensor, Tensor], Tensor],
-           config: Config, report: Callable[[dict], None] = lambda row: None) -> tuple[Activation, dict[str, float]]:
+           config: Config, report: Callable[..., None] = lambda row, snapshot: None,
+           resumed: Optional[dict[str, Any]] = None) -> tuple[Activation, dict[str, float]]:
     """Search an activation for `model`, whose activations are sites of one relaxed `Cell`.
 
     train_batches, val_batches: endless iterators of (input, target) on the model's device, from disjoint data.
-    loss: (output, target) -> scalar tensor. report: called after every step with what happened in it.
-    Returns the activation found, and how it scored on validation batches. What is called with those is up to the
-    caller: the command line writes them to the run folder.
+    loss: (output, target) -> scalar tensor. report: called after every step with what happened in it, and a function
+    whose value is everything that `resumed` needs to go on from there, exactly.
+    Returns the activation found, and how it scored on validation batches.
     """
     cell = cell_of(model)
     weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
@@ -189,15 +193,30 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
     weight_opt = weight_optimizer(weights, config)
     arch_opt = torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999),
                                 weight_decay=config.arch_weight_decay)
-    drops = cell.operations() - 6
-    total, warmstart = drops, config.at(config.warmstart)
-    initial = copy.deepcopy(model.state_dict())
-    proposals = [cell.standard.expression] if config.runoff else []
-    model.train()
+    drops, warmstart = cell.operations() - 6, config.at(config.warmstart)
+    # What is neither in a module nor in an optimiser. bad: non-finite steps in all, and in a row just now.
+    state: dict[str, Any] = {'step': 0, 'runoff': None, 'initial': copy.deepcopy(model.state_dict()),
+                             'proposals': [cell.standard.expression], 'bad': torch.zeros(2, device=cell.grid.device)}
+    holders = {'model': model, 'cell': cell, 'weight_opt': weight_opt, 'arch_opt': arch_opt,
+               'train_batches': train_batches, 'val_batches': val_batches}
+    if resumed:
+        for name, holder in holders.items():
+            holder.load_state_dict(resumed[name])
+        state = resumed['state']
+        torch.set_rng_state(resumed['random'])
+        if resumed['random_cuda'] is not None:
+            torch.cuda.set_rng_state(resumed['random_cuda'])
 
-    for step in range(config.steps):
+    def snapshot() -> dict[str, Any]:
+        return {'state': state, **{name: holder.state_dict() for name, holder in holders.items()},
+                'random': torch.get_rng_state(),
+                'random_cuda': torch.cuda.get_rng_state() if cell.grid.is_cuda else None}
+
+    model.train()
+    for step in range(state['step'], config.steps):
         warm = step < warmstart
         row: dict[str, Any] = {'step': step + 1}
+        finite = torch.ones((), dtype=torch.bool, device=cell.grid.device)
 
         # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradients over
         #    without writing a .grad anywhere; the weights do not even ask for one.
@@ -214,7 +233,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
                 used = [(g, f) for g, f in zip(gradients, found) if f is not None]
                 torch._foreach_add_([g for g, _ in used], [f for _, f in used], alpha=1 / config.accumulate)
                 row['val_loss'] = val_loss.detach()
-            row['arch_finite'] = bound(gradients, config.grad_clip)
+            finite = finite & bound(gradients, config.grad_clip)
             for p, g in zip(architecture, gradients):
                 p.grad = g
             arch_opt.step()
@@ -233,75 +252,76 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
                     cell.draw()
             train_loss = loss(model(x), y)
             (train_loss / config.accumulate).backward()
-        row['weight_finite'] = bound([p.grad for p in weights if p.grad is not None], config.grad_clip)
+        finite = finite & bound([p.grad for p in weights if p.grad is not None], config.grad_clip)
         weight_opt.step()
         weight_opt.zero_grad()
         row['train_loss'] = train_loss.detach()
 
         # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
-        while total - drops < drops_due(step + 1, config, total):
+        while drops + 6 - cell.operations() < drops_due(step + 1, config, drops):
             row.setdefault('dropped', []).append(cell.drop())
-            drops -= 1
-        # Proposals for the run-off: what the alphas say at moments spread over the shrinking.
-        if config.runoff and not warm and (step + 1) % max(1, (config.steps - warmstart) // config.runoff) == 0:
-            proposals.append(cell.expression())
-        report(row)
+        # Proposals for the run-off: what the alphas say at moments spread over the search.
+        if not warm and (step + 1 - warmstart) % max(1, (config.steps - warmstart) // max(config.runoff, 1)) == 0:
+            state['proposals'].append(cell.expression())
+        state['step'] = step + 1
+        bad = 1 - finite.float()
+        state['bad'] = torch.stack([state['bad'][0] + bad, (state['bad'][1] + 1) * bad])
+        report(row | {'bad': state['bad']}, snapshot)
 
     assert cell.operations() == 6, 'the shrinking schedule did not end with one operation a choice point'
-    found = cell.activation()
     if not config.runoff:
         with torch.no_grad():
             cell.draw()
-        return found, score(model, val_batches, loss)
-    proposals.append(found.expression)
-    return runoff(model, initial, proposals, train_batches, val_batches, loss, config, report)
+        return cell.activation(), score(model, itertools.islice(val_batches, 20), loss)
+    if state['runoff'] is None:
+        field = [cell.expression(), *reversed(state['proposals'])]  # without duplicates, the latest first
+        state['runoff'] = {'field': list(dict.fromkeys(field))[:config.runoff], 'steps': max(2, config.at(config.runoff_steps))}
+    return runoff(model, state, train_batches, val_batches, loss, config, report, snapshot)
 
 
-def runoff(model: nn.Module, initial: dict, proposals: list[str], train_batches: Iterator, val_batches: Iterator,
-           loss: Callable, config: Config, report: Callable[[dict], None]) -> tuple[Activation, dict[str, float]]:
+def runoff(model: nn.Module, state: dict[str, Any], train_batches: Iterator, val_batches: Iterator, loss: Callable,
+           config: Config, report: Callable[..., None], snapshot: Callable) -> tuple[Activation, dict[str, float]]:
     """Which of the proposed functions is best when trained from scratch? Successive halving (ours).
 
-    The search rewards a function that suits weights already trained; this judges what a user will do with it. Every
-    candidate starts from the same initial weights; training batches train, validation batches judge. A round trains
-    each candidate for some steps; the better half goes on to a round of twice the steps.
+    The search rewards a function that suits weights already trained; this judges what a user will do with it. All
+    candidates start from the same initial weights and see the same batches: training batches train, validation batches
+    judge. The better half goes on to a round of twice the steps.
     """
     cell = cell_of(model)
-    field = list(dict.fromkeys(reversed(proposals)))[:config.runoff]  # without duplicates, the latest first
-    steps = max(2, config.at(config.runoff_steps))
     while True:
+        field, steps = state['runoff']['field'], state['runoff']['steps']
+        report({'runoff': len(field), 'runoff_steps': steps}, snapshot)
+        train, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, 20))
         ranking = []
         for expression in field:
             activation = Activation(expression, config.clip).to(cell.grid.device)
-            model.load_state_dict(initial)
             with torch.no_grad():
                 cell.use(activation(cell.grid)[None])
+            model.load_state_dict(state['initial'])
             optimizer = weight_optimizer([p for p in model.parameters() if p.requires_grad], config)
             schedule = dataclasses.replace(config, steps=steps)
-            for step in range(steps):
+            for step, (x, y) in enumerate(train):
                 for group in optimizer.param_groups:
                     group['lr'] = learning_rate(step, schedule)
-                x, y = next(train_batches)
                 loss(model(x), y).backward()
                 bound([p.grad for p in model.parameters() if p.grad is not None], config.grad_clip)
                 optimizer.step()
                 optimizer.zero_grad()
-            result = score(model, val_batches, loss)
+            result = score(model, judge, loss)
             ranking.append((result['loss'] if math.isfinite(result['loss']) else math.inf, expression, result))
-            report({'runoff_steps': steps, 'candidate': expression, 'formula': activation.formula, **result})
+            report({'candidate': expression, 'formula': activation.formula, 'runoff_steps': steps, **result}, None)
         ranking.sort(key=lambda entry: entry[0])
-        field = [expression for _, expression, _ in ranking[:math.ceil(len(ranking) / 2)]]
         if len(ranking) <= 3:
-            return Activation(field[0], config.clip), ranking[0][2]
-        steps *= 2
+            return Activation(ranking[0][1], config.clip), ranking[0][2]
+        state['runoff'] = {'field': [entry[1] for entry in ranking[:math.ceil(len(ranking) / 2)]], 'steps': 2 * steps}
 
 
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterator, loss: Callable, count: int = 20) -> dict[str, float]:
-    """Mean loss (and accuracy, for classes) of the network as it stands, over `count` batches."""
+def score(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, float]:
+    """Mean loss (and accuracy, for classes) of the network as it stands over these batches."""
     model.eval()
     losses, hits = [], []
-    for _ in range(count):
-        x, y = next(batches)
+    for x, y in batches:
         output = model(x)
         losses.append(loss(output, y))
         if not y.is_floating_point():
@@ -338,56 +358,81 @@ def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Te
     return model.to(config.device), batches[0], batches[1], cross_entropy
 
 
+class SearchFailed(RuntimeError):
+    """The search cannot go on. One line: why, and what to try."""
+
+
 class Run:
     """The run folder and the progress line. `report` is called after every step.
 
+    config.json   the settings, written first
     log.jsonl     one line each 1 % of the steps, and one for each candidate of the run-off
     checkpoint.pt everything needed to go on (--resume), replaced every minute
+    activation.json   the result, written last
     """
 
-    def __init__(self, config: Config, model: nn.Module, resumed: Optional[dict] = None):
-        self.config, self.cell, self.folder = config, cell_of(model), Path(config.out)
+    def __init__(self, config: Config, cell: Cell, resumed: Optional[dict] = None):
+        self.config, self.cell, self.folder = config, cell, Path(config.out)
         self.started = self.printed = self.saved = time.monotonic()
-        self.first = resumed['step'] if resumed else 0
+        self.first = resumed['state']['step'] if resumed else 0
         self.seconds = resumed['seconds'] if resumed else 0.0
-        self.dropped: list[str] = []
-        self.log = open(self.folder / 'log.jsonl', 'a', encoding='utf-8')
-        if resumed:
-            self.log.truncate(resumed['log_size'])
+        self.dropped: list[str] = resumed['dropped'] if resumed else []
+        self.val_loss = math.nan
+        self.stop = False  # set by Ctrl-C: save after the step, then stop
+        self.log = open(self.folder / 'log.jsonl', 'r+b' if resumed else 'wb', buffering=0)
+        self.log.truncate(resumed['log_size'] if resumed else 0)
+        self.log.seek(0, os.SEEK_END)
         self.terminal = sys.stdout.isatty()
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
 
-    def report(self, row: dict[str, Any], snapshot: Optional[Callable[[], dict]] = None) -> None:
-        now = time.monotonic()
+    def report(self, row: dict[str, Any], snapshot: Optional[Callable[[], dict]]) -> None:
         if 'candidate' in row:
             self.write(row)
             self.show(f"run-off, {row['runoff_steps']} steps each: validation {row['loss']:.4f}  {row['formula']}", True)
-            return
-        self.dropped += row.get('dropped', [])
+        elif 'runoff' in row:
+            self.save(snapshot)
+        else:
+            self.dropped += row.get('dropped', [])
+            step, steps = row['step'], self.config.steps
+            if step % max(1, steps // 100) == 0 or step == steps:
+                self.progress(row)
+            if self.stop or time.monotonic() - self.saved > self.config.checkpoint_every or step == steps:
+                self.save(snapshot)
+
+    def progress(self, row: dict[str, Any]) -> None:
+        """The only place where values leave the device: once in a hundred steps."""
         step, steps = row['step'], self.config.steps
-        if step % max(1, steps // 100) == 0 or step == steps:
-            # The only place where values leave the device: once in a hundred steps.
-            numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
-            numbers.update(operations=self.cell.operations(), expression=self.cell.expression(), dropped=self.dropped,
-                           alpha=[[round(v, 4) for v in a.tolist()] for a in self.cell.alpha])
-            self.dropped = []
-            self.write(numbers)
-            pace = (now - self.started) / (step - self.first)
-            self.show(f"step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} "
-                      f"val {numbers.get('val_loss', math.nan):.3f} | {numbers['operations']} ops left | "
-                      f"{self.cell.activation().formula} | {pace:.2f} s/step | {clock(pace * (steps - step))} left",
-                      now - self.printed > 10 or step in (1, steps))
-        if snapshot and (now - self.saved > self.config.checkpoint_every or step == steps):
-            self.log.flush()
-            state = {**snapshot(), 'seconds': self.elapsed(), 'log_size': self.log.tell()}
-            torch.save(state, self.folder / 'checkpoint.tmp')
-            os.replace(self.folder / 'checkpoint.tmp', self.folder / 'checkpoint.pt')
-            self.saved = now
+        bad, in_a_row = row.pop('bad').long().tolist()
+        numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
+        self.val_loss = numbers.get('val_loss', self.val_loss)
+        numbers.update(operations=self.cell.operations(), expression=self.cell.expression(), dropped=self.dropped, bad=bad,
+                       alpha=[[round(v, 4) for v in a.tolist()] for a in self.cell.alpha],
+                       curve=[round(v, 4) for v in self.cell.curve()])
+        self.dropped = []
+        self.write({key: value if not isinstance(value, float) or math.isfinite(value) else None
+                    for key, value in numbers.items()})
+        if in_a_row >= max(10, steps // 100):
+            raise SearchFailed(f'{in_a_row} steps in a row had a loss or gradient that is not finite, the last at step {step}; '
+                               f'try a smaller --lr, a smaller --clip, or --normalise scale')
+        pace = (time.monotonic() - self.started) / (step - self.first)
+        skipped = f' | {bad} steps skipped, not finite' if bad else ''
+        self.show(f"step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} val {self.val_loss:.3f} | "
+                  f"{numbers['operations']} ops left | {self.cell.activation().formula}{skipped} | {pace:.2f} s/step | "
+                  f"{clock(pace * (steps - step))} left", time.monotonic() - self.printed > 10 or step in (1, steps))
+
+    def save(self, snapshot: Callable[[], dict]) -> None:
+        """Replace the checkpoint, atomically: a kill leaves the old one or the new one."""
+        state = {**snapshot(), 'seconds': self.elapsed(), 'log_size': self.log.tell(), 'dropped': self.dropped}
+        torch.save(state, self.folder / 'checkpoint.tmp')
+        os.replace(self.folder / 'checkpoint.tmp', self.folder / 'checkpoint.pt')
+        self.saved = time.monotonic()
+        if self.stop:
+            raise KeyboardInterrupt
 
     def write(self, row: dict[str, Any]) -> None:
-        self.log.write(json.dumps(row) + '\n')
+        self.log.write((json.dumps(row) + '\n').encode())
 
     def show(self, line: str, due: bool) -> None:
         """On a terminal one line, rewritten in place; into a pipe a plain line when it is due."""
@@ -406,13 +451,18 @@ class Run:
                   'scalars': [s.item() for s in found.scalars], 'model': config.model, 'data': config.data,
                   'seed': config.seed, 'validation': validation, 'seconds': round(self.elapsed(), 1),
                   'config': dataclasses.asdict(config),
-                  'versions': {'python': sys.version.split()[0], 'torch': torch.__version__}}
-        lines = []
+                  'versions': {'python': sys.version.split()[0], 'torch': torch.__version__, 'commit': commit(),
+                               'threads': torch.get_num_threads()}}
+        lines, bent = [], bend(found)
+        if not bent > 0.01:  # nan for a constant
+            result['warning'] = f"the function found is {'constant' if math.isnan(bent) else 'a straight line'}: " \
+                                f"a network cannot learn much with it; try another --seed, or a smaller --arch-lr"
+            lines.append(f"warning:     {result['warning']}")
         if config.teacher:
             result['planted'] = {'teacher': config.teacher, 'distance': distance(found.double(), named(config.teacher))}
             lines.append(f"planted:     {named(config.teacher).formula}, RMS difference "
                          f"{100 * result['planted']['distance']:.2f} % of its standard deviation")
-        (folder / 'activation.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+        write_json(folder / 'activation.json', result)
         scores = ', '.join(f'{key} {value:.4f}' for key, value in validation.items())
         clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in found.formula else ''
         print('\n' * self.terminal + '\n'.join([
@@ -426,26 +476,79 @@ def clock(seconds: float) -> str:
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def commit() -> Optional[str]:
+    """The commit that this file is from, where there is git and a repository."""
     try:
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        config, _ = configure(Config, PRESETS, parser, arguments)
-        config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
-        if (Path(config.out) / 'config.json').exists():
-            raise ConfigError(f'{config.out} holds a run already; choose another --seed or --out, or remove the folder')
+        return subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+    os.replace(temporary, path)
+
+
+def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, Optional[dict[str, Any]]]:
+    """The configuration of the run in `folder`, and its checkpoint if it wrote one. Raises ConfigError."""
+    try:
+        config = Config(**json.loads((folder / 'config.json').read_text(encoding='utf-8')))
+    except OSError as error:
+        raise ConfigError(f'--resume {folder}: there is no run ({folder}/config.json: {error.strerror})') from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f'{folder}/config.json is damaged ({error}); start the search again') from None
+    contradicted = [f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})" for name, value in given.items()
+                    if value != getattr(config, name) and name != 'out']
+    if contradicted:
+        raise ConfigError(f"--resume {folder} goes on with the run's own settings, not with {', '.join(contradicted)}")
+    config.check()
+    config.out = str(folder)
+    path = folder / 'checkpoint.pt'
+    try:
+        return config, torch.load(path, map_location=config.device, weights_only=True) if path.exists() else None
+    except Exception as error:  # torch.load raises a dozen kinds on files that are something else
+        raise ConfigError(f'{path} is damaged ({type(error).__name__}); start the search again with another --out') from None
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, exactly')
+    run = None
+    try:
+        given, other = options(Config, parser, arguments)
+        if other.resume:
+            config, resumed = resume(Path(other.resume), given)
+            if (Path(config.out) / 'activation.json').exists():
+                print(f'{config.out} is finished: its result is {config.out}/activation.json')
+                return
+        else:
+            config, resumed = configure(Config, PRESETS, given), None
+            config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
+            if (Path(config.out) / 'config.json').exists():
+                raise ConfigError(f'{config.out} holds a run already; go on with it by --resume {config.out}, or choose '
+                                  f'another --seed or --out')
         model, train_batches, val_batches, loss = prepare(config)
         Path(config.out).mkdir(parents=True, exist_ok=True)
-        (Path(config.out) / 'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=1) + '\n')
-        run = Run(config, model)
-    except (ValueError, OSError) as error:
+        write_json(Path(config.out) / 'config.json', dataclasses.asdict(config))
+        run = Run(config, cell_of(model), resumed)
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if run.stop else setattr(run, 'stop', True))
+        weights = sum(p.numel() for p in model.parameters())
+        space = math.prod(map(len, run.cell.ops))
+        print(f"{'going on with' if resumed else 'searching'} {space:,} functions for {config.model} ({weights:,} weights, "
+              f'{run.cell.sites} sites) on {config.data}, {config.steps} steps on {config.device}; run folder {config.out}',
+              flush=True)
+        found, validation = search(model, train_batches, val_batches, loss, config, run.report, resumed)
+        run.finish(found, validation)
+    except KeyboardInterrupt:
+        where = f'; go on with: python search.py --resume {run.folder}' if run else ''
+        print(f'\nstopped{where}', file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, SearchFailed) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
-    weights = sum(p.numel() for p in model.parameters())
-    space = math.prod(map(len, run.cell.ops))
-    print(f'searching {space:,} functions for {config.model} ({weights:,} weights, {run.cell.sites} sites) on {config.data}, '
-          f'{config.steps} steps on {config.device}; run folder {config.out}', flush=True)
-    found, validation = search(model, train_batches, val_batches, loss, config, run.report)
-    run.finish(found, validation)
 
 
 if __name__ == '__main__':
