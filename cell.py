@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import CLIP, Activation, Op, arity, named, select, valid
+from activation import Activation, named
+from ops import CLIP, Op, arity, select, valid
 
 CHOICES = ('U0', 'U1', 'B0', 'U2', 'U3', 'B1')  # the order in which a cell is evaluated
 NORMALISERS = ('none', 'scale', 'centre')

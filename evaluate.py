@@ -23,10 +23,11 @@ import torch.nn as nn
 from torch import Tensor
 
 import data
+from activation import Activation, named
 from cell import Tabulated, random_expression
 from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, options,
                     weight_optimizer)
-from ops import Activation, named, valid
+from ops import valid
 
 
 @dataclass

@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+from activation import Activation, bend, distance, named
 from cell import NORMALISERS, SAMPLERS, Cell, Site
 from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, options,
                     teacher_and_student, weight_optimizer, within)
-from ops import Activation, bend, distance, named, valid
+from ops import valid
 
 
 class ConfigError(ValueError):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ops
-from ops import ALL, NAMED, Activation, ExpressionError, OpError, distance, named, parse, select
+from activation import NAMED, Activation, ExpressionError, distance, named, parse
+from ops import ALL, OpError, select
 
 POINTS = [0.0, 1e-6, -1e-6, 0.5, -0.5, 3.0, -3.0, 100.0, -100.0]
 SIGMOID = lambda x: float(1 / (1 + np.exp(-np.float64(x))))
