@@ -129,7 +129,8 @@ class ViTTiny(nn.Module):
 
 class MiniGPT(nn.Module):
     """(n, time) token indices -> (n, time, vocabulary) logits; time at most `context`. After nanoGPT: 3 blocks,
-    3 heads, width 192, no biases, output weights tied to the embedding, residual projections scaled at the start."""
+    3 heads, width 192, biases in the layer norms only, output weights tied to the embedding, residual projections
+    scaled at the start."""
 
     def __init__(self, activation: MakeActivation, vocabulary: int = 256, context: int = 128, dropout: float = 0.0):
         super().__init__()
