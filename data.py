@@ -226,6 +226,7 @@ def text_dataset(name: str, paths: list[Path], tokens: str) -> Dataset:
     if len(texts) == 1:
         cut = texts[0].rindex(END.encode(), 0, len(texts[0]) * 19 // 20) + len(END)
         texts = [texts[0][:cut], texts[0][cut:].lstrip()]
+    texts = [text.rstrip() + b'\n' for text in texts]  # or a marker at the very end would stay in the text
     if tokens == 'bytes':
         parts = [torch.frombuffer(bytearray(text.replace(f'\n{END}\n'.encode(), b'\0')), dtype=torch.uint8)
                  for text in texts]
