@@ -126,7 +126,9 @@ def download(address: str, path: Path, md5: Optional[str]) -> None:
                 'cifar10_16, tinystories_sample) need no network'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with requests.get(address, stream=True, timeout=30) as answer, open(temporary, 'wb') as file:
+        # identity: a file that the server compresses on the way has another length than it says
+        with requests.get(address, stream=True, timeout=30, headers={'Accept-Encoding': 'identity'}) as answer, \
+                open(temporary, 'wb') as file:
             answer.raise_for_status()
             size, got = int(answer.headers.get('Content-Length', 0)), 0
             for chunk in answer.iter_content(1 << 20):
