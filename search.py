@@ -124,20 +124,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """For the architecture step: no gradient for the weights, which also saves their third of the backward pass, and
-    no validation batch in the running statistics of batch norm, a leak that is easy to miss."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    norms = [m for m in model.modules() if getattr(m, 'track_running_stats', False)]
+    no trace of a validation batch in running statistics (batch norm's, or any layer's), a leak that is easy to miss."""
+    weights, buffers = [p for p in model.parameters() if p.requires_grad], list(model.buffers())
+    kept = [buffer.clone() for buffer in buffers]
     for p in weights:
         p.requires_grad_(False)
-    for m in norms:
-        m.track_running_stats = False
     try:
         yield
     finally:
         for p in weights:
             p.requires_grad_(True)
-        for m in norms:
-            m.track_running_stats = True
+        if buffers:
+            torch._foreach_copy_(buffers, kept)
 
 
 def bound(gradients: list[Tensor], limit: float) -> Tensor:
