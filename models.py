@@ -253,8 +253,8 @@ class Training:
     grad_clip: float = option(1.0, 'bound on the norm of the gradient; 0: none')
 
     def at(self, value: float) -> int:
-        """A step, from a step or a share of all steps."""
-        return round(value * self.steps) if value < 1 else int(value)
+        """A step, from a step or a share of all steps; a share below 1 always leaves the last step."""
+        return min(round(value * self.steps), self.steps - 1) if value < 1 else int(value)
 
     def check(self) -> None:
         """Raise ValueError, one line, for a value that cannot be."""
