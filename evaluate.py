@@ -107,8 +107,9 @@ def from_file(path: Path) -> Candidate:
 # ---------------------------------------------------------------------------------------------------------------------
 # One run.
 
-def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`, each storage once; `besides` (weights) not counted."""
+def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) -> tuple[int, Tensor]:
+    """Bytes that autograd keeps for the backward pass of `forward`, each storage once, and what `forward` returned;
+    `besides` (weights) not counted."""
     known, kept = {t.untyped_storage().data_ptr() for t in besides}, {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -117,8 +118,8 @@ def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(size for address, (size, _) in kept.items() if address not in known)
+        output = forward()
+    return sum(size for address, (size, _) in kept.items() if address not in known), output
 
 
 def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
@@ -143,8 +144,9 @@ def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: i
         for _ in range(config.accumulate):
             x, y = next(batches)
             if step == 0:
-                kept = bytes_kept(lambda: cross_entropy(model(x), y), model.parameters())
-            loss = cross_entropy(model(x), y)
+                kept, loss = bytes_kept(lambda: cross_entropy(model(x), y), model.parameters())
+            else:
+                loss = cross_entropy(model(x), y)
             (loss / config.accumulate).backward()
             total += loss.detach() / config.accumulate
         if config.grad_clip:
@@ -379,7 +381,7 @@ def card(candidate: Candidate) -> str:
             times[name][1].append(time.perf_counter() - middle)
     ms = {name: [1e3 * statistics.median(t) for t in both] for name, both in times.items()}
     # of the sum with x, for functions that keep nothing
-    kept = {name: bytes_kept(lambda: function(sample), [sample]) / size for name, function in contestants.items()}
+    kept = {name: bytes_kept(lambda: function(sample), [sample])[0] / size for name, function in contestants.items()}
     lines = [f'expression       {f.expression}', f'formula          {f.formula}',
              f'range            {y.min().item():.4g} to {y.max().item():.4g} on [-5, 5]',
              f'slope            {slope.min().item():.4g} to {slope.max().item():.4g}',
