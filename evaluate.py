@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import data
-from activation import Activation, named
+from activation import NAMED, Activation, named
 from cell import Tabulated, random_expression
 from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, options,
                     weight_optimizer)
@@ -81,8 +81,8 @@ def resolve(text: str) -> Candidate:
     Raises ValueError, one line, for what is none of these.
     """
     path = Path(text)
-    if path.is_dir() or path.suffix == '.json':
-        return from_file(path / 'activation.json' if path.is_dir() else path)
+    if text not in NAMED and (path.is_dir() or path.suffix == '.json' or '/' in text):
+        return from_file(path if path.suffix == '.json' else path / 'activation.json')
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return Candidate(text, Activation(random_expression(torch.Generator().manual_seed(int(match[1])))))
     return Candidate(text.replace(' ', ''), named(text))
@@ -95,7 +95,7 @@ def from_file(path: Path) -> Candidate:
         expression, clip = content['expression'], content['clip']
         if not isinstance(expression, str) or not (clip is None or isinstance(clip, (int, float)) and 0 < clip < 1e12):
             raise TypeError('expression must be a text, clip a number above 0 or null')
-        name = path.parent.name if path.name == 'activation.json' else path.stem
+        name = path.resolve().parent.name if path.name == 'activation.json' else path.stem
         return Candidate(name, Activation(expression, clip), f"{content.get('model', '?')}/{content.get('data', '?')}")
     except OSError as error:
         raise ValueError(f'cannot read {path}: {error.strerror}; a finished search leaves it in its run folder') from None
@@ -299,8 +299,11 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
     """The table of one group of comparable rows, the best first, as text that is also Markdown."""
     higher, key = metric == 'accuracy', f'test_{metric}'
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row['name'], []).append(row)
+    functions: dict[str, list[Any]] = {}
+    for row in rows:  # a joined ledger may call two functions by one name: the second is told apart by its expression
+        function = [row['expression'], row['clip']]
+        same = functions.setdefault(row['name'], function) == function
+        groups.setdefault(row['name'] if same else f"{row['name']} = {row['expression']}", []).append(row)
     place = f"{rows[0]['settings']['model']}/{rows[0]['settings']['data']}"
 
     def finite(group: list[dict[str, Any]], field: str) -> list[float]:
@@ -514,7 +517,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
             kind = 'text' if config.model == 'minigpt' else 'image'
             names = (given.baselines if given.baselines is not None else BASELINES[kind]).split(',')
             names = [name for name in names if name not in ('none', '')] + [f'random_{k}' for k in range(given.random)]
-            candidates = {c.name: c for c in [reference, *map(resolve, [*given.activations, *names])]}
+            candidates: dict[str, Candidate] = {}
+            for c in [reference, *map(resolve, [*given.activations, *names])]:
+                one = candidates.setdefault(c.name, c)
+                if (one.activation.expression, one.activation.clip) != (c.activation.expression, c.activation.clip):
+                    raise ValueError(f'two different functions are called {c.name}: rename one of the run folders')
             rows = evaluate(list(candidates.values()), config, seeds_of(given.seeds), lambda line: print(line, flush=True))
             print('\n' + report(rows, reference.name, given.metric))
             print(f'\nledger: {config.out}   the table again: python evaluate.py --report {config.out}')
