@@ -465,13 +465,16 @@ def seeds_of(text: str) -> range:
     return seeds
 
 
-def evaluate(candidates: list[Candidate], config: Config, seeds: range, show: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Train what the ledger lacks, seed by seed so that every moment has a fair table; the rows of this comparison."""
+def evaluate(candidates: list[Candidate], config: Config, seeds: range, against: str, metric: Optional[str],
+             show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Train what the ledger lacks, seed by seed so that every moment has a fair table, which is shown after each; the
+    rows of this comparison."""
     dataset, ledger = data.load(config.data, config.data_dir, config.tokens), Path(config.out)
     done = {identity(row): row for row in read_ledger(ledger)}
     rows = []
     total, count, spent = len(seeds) * len(candidates), 0, []
     for seed in seeds:
+        before = len(spent)
         for candidate in candidates:
             count += 1
             key = identity({'name': candidate.name, 'expression': candidate.activation.expression,
@@ -485,6 +488,8 @@ def evaluate(candidates: list[Candidate], config: Config, seeds: range, show: Ca
             left = f', {statistics.fmean(spent) * (total - count) / 60:.0f} min left' if spent else ', from the ledger'
             result = 'diverged' if row['diverged'] else f"test loss {row['test_loss']:.4f}  accuracy {row['test_accuracy']:.4f}"
             show(f"{count}/{total}  seed {seed}  {candidate.name:24s} {result}  {row['ms_step']:.0f} ms/step{left}")
+        if len(spent) > before and seed != seeds[-1]:
+            show(f'\n{report(rows, against, metric)}\n')
     return rows
 
 
@@ -505,13 +510,19 @@ def main(arguments: Optional[list[str]] = None) -> None:
         if given.card:
             print(card(resolve(given.card)))
             return
-        reference = resolve(given.against or STANDARD[config.model])
         if given.report:
+            if missing := [path for path in given.report if not Path(path).exists()]:
+                raise ValueError(f"cannot read {', '.join(missing)}: no such file; --report takes ledgers that exist")
             rows = [row for path in given.report for row in read_ledger(Path(path))]
             if not rows:
                 raise ValueError(f"no runs in {', '.join(given.report)}")
-            print(report(rows, given.against and reference.name, given.metric))
+            if given.against:
+                valid('activation in --against', given.against, dict.fromkeys(row['name'] for row in rows))
+            print(report(rows, given.against, given.metric))
+            reference_name = given.against or STANDARD.get(rows[0]['settings'].get('model'), 'relu')
         else:
+            reference = resolve(given.against or STANDARD[config.model])
+            reference_name = reference.name
             if given.random < 0:
                 raise ValueError(f'--random {given.random}: 0 or more')
             kind = 'text' if config.model == 'minigpt' else 'image'
@@ -522,11 +533,12 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 one = candidates.setdefault(c.name, c)
                 if (one.activation.expression, one.activation.clip) != (c.activation.expression, c.activation.clip):
                     raise ValueError(f'two different functions are called {c.name}: rename one of the run folders')
-            rows = evaluate(list(candidates.values()), config, seeds_of(given.seeds), lambda line: print(line, flush=True))
-            print('\n' + report(rows, reference.name, given.metric))
+            rows = evaluate(list(candidates.values()), config, seeds_of(given.seeds), reference_name, given.metric,
+                            lambda line: print(line, flush=True))
+            print('\n' + report(rows, reference_name, given.metric))
             print(f'\nledger: {config.out}   the table again: python evaluate.py --report {config.out}')
         if given.figures:
-            print(figures(rows, reference.name, Path(given.figures)))
+            print(figures(rows, reference_name, Path(given.figures)))
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
