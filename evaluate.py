@@ -125,6 +125,9 @@ def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) ->
 def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
     """Train the network from scratch with this activation; the row of the ledger."""
     torch.manual_seed(seed)
+    cuda = config.device.startswith('cuda')
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     activation = Activation(candidate.activation.expression, candidate.activation.clip)
     activation.requires_grad_(not config.freeze)
     module = Tabulated(activation) if config.table else activation
@@ -170,7 +173,8 @@ def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: i
             'train_loss': curve[-1][1] if curve and not diverged else None, 'diverged': diverged,
             'learned': [round(s.item(), 6) for s in activation.scalars], 'curve': curve,
             'seconds': round(time.monotonic() - started, 1), 'ms_step': round(1e3 * statistics.median(paces or [0]), 2),
-            'mb_kept': round(kept / 1e6, 2), 'torch': torch.__version__, 'device': device_name(config.device),
+            'mb_kept': round(kept / 1e6, 2), 'mb_peak': round(torch.cuda.max_memory_allocated() / 1e6, 2) if cuda else None,
+            'python': sys.version.split()[0], 'torch': torch.__version__, 'device': device_name(config.device),
             'threads': torch.get_num_threads()}
 
 
@@ -318,8 +322,9 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
     by_seed = {row['seed']: row[key] for row in reference if not row['diverged']}
     worst = -math.inf if higher else math.inf
     order = sorted(groups, key=lambda name: statistics.fmean(finite(groups[name], key) or [worst]), reverse=higher)
+    memory = 'mb_peak' if all(row.get('mb_peak') for row in rows) else 'mb_kept'  # a CPU does not count its peak
     lines = [['activation', 'seeds', f'test {metric}', f'minus {against}', '95 % interval', 'wins', 'verdict', 'test loss' if
-              higher else 'test accuracy', 'train loss', 'ms/step', 'MB kept', 'diverged']]
+              higher else 'test accuracy', 'train loss', 'ms/step', memory.replace('mb_', 'MB '), 'diverged']]
     for name in order:
         group = groups[name]
         c = compare({row['seed']: row[key] for row in group if not row['diverged']}, by_seed, higher)
@@ -333,7 +338,7 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
         lines.append([label, str(len(group)), spread(finite(group, key)), *judged,
                       spread(finite(group, 'test_loss' if higher else 'test_accuracy')), spread(finite(group, 'train_loss')),
                       f"{statistics.median(row['ms_step'] for row in group):.0f}",
-                      f"{statistics.median(row['mb_kept'] for row in group):.0f}", str(diverged)])
+                      f"{statistics.median(row[memory] for row in group):.0f}", str(diverged)])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     lines.insert(1, ['-' * width for width in widths])
     return '\n'.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |' for line in lines)
