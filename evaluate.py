@@ -294,6 +294,8 @@ def compare(values: dict[int, float], reference: dict[int, float], higher: bool)
 def verdict(c: Comparison, higher: bool, diverged: int, reference_diverged: int) -> str:
     if diverged > reference_diverged:
         return f'worse: {diverged} diverged'
+    if diverged < reference_diverged:
+        return f'better: the reference diverged {reference_diverged} times'
     if c.n < 2 or abs(c.mean) <= c.half:
         return f"cannot tell with {c.n} seed{'s' * (c.n != 1)}" if c.mean != 0 or c.half else 'the same'
     return 'better' if (c.mean > 0) == higher else 'worse'
