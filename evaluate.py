@@ -340,7 +340,7 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
         lines.append([label, str(len(group)), spread(finite(group, key)), *judged,
                       spread(finite(group, 'test_loss' if higher else 'test_accuracy')), spread(finite(group, 'train_loss')),
                       f"{statistics.median(row['ms_step'] for row in group):.0f}",
-                      f"{statistics.median(row[memory] for row in group):.0f}", str(diverged)])
+                      f"{statistics.median(row[memory] for row in group):.1f}", str(diverged)])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     lines.insert(1, ['-' * width for width in widths])
     return '\n'.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |' for line in lines)
@@ -523,10 +523,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
             rows = [row for path in given.report for row in read_ledger(Path(path))]
             if not rows:
                 raise ValueError(f"no runs in {', '.join(given.report)}")
-            if given.against:
-                valid('activation in --against', given.against, dict.fromkeys(row['name'] for row in rows))
-            print(report(rows, given.against, given.metric))
-            reference_name = given.against or STANDARD.get(rows[0]['settings'].get('model'), 'relu')
+            against = given.against and Path(given.against.replace(' ', '')).name  # a run folder is called by its name
+            if against:
+                valid('activation in --against', against, dict.fromkeys(row['name'] for row in rows))
+            print(report(rows, against, given.metric))
+            reference_name = against or STANDARD.get(rows[0]['settings'].get('model'), 'relu')
         else:
             reference = resolve(given.against or STANDARD[config.model])
             reference_name = reference.name
