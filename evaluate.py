@@ -81,7 +81,7 @@ def resolve(text: str) -> Candidate:
     Raises ValueError, one line, for what is none of these.
     """
     path = Path(text)
-    if text not in NAMED and (path.is_dir() or path.suffix == '.json' or '/' in text):
+    if text.strip() and text not in NAMED and (path.is_dir() or path.suffix == '.json' or '/' in text):
         return from_file(path if path.suffix == '.json' else path / 'activation.json')
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return Candidate(text, Activation(random_expression(torch.Generator().manual_seed(int(match[1])))))
