@@ -166,7 +166,8 @@ def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: i
                 break
             curve.append([step + 1, round(mean, 5)])
     metrics = dict(test_loss=math.inf, test_accuracy=0.0) if diverged else test(model, dataset, config)
-    diverged = diverged or not math.isfinite(metrics['test_loss'])
+    # A network that knows nothing scores log(classes): a loss ten times as high is no result either, though finite.
+    diverged = diverged or not metrics['test_loss'] <= 10 * math.log(dataset.classes)
     return {'name': candidate.name, 'expression': candidate.activation.expression, 'clip': candidate.activation.clip,
             'searched': candidate.searched, 'seed': seed, 'settings': settings(config),
             **{key: None if not math.isfinite(value) else value for key, value in metrics.items()},
@@ -295,7 +296,7 @@ def verdict(c: Comparison, higher: bool, diverged: int, reference_diverged: int)
     if diverged > reference_diverged:
         return f'worse: {diverged} diverged'
     if diverged < reference_diverged:
-        return f'better: the reference diverged {reference_diverged} times'
+        return 'better: the reference diverged more often'
     if c.n < 2 or abs(c.mean) <= c.half:
         return f"cannot tell with {c.n} seed{'s' * (c.n != 1)}" if c.mean != 0 or c.half else 'the same'
     return 'better' if (c.mean > 0) == higher else 'worse'
