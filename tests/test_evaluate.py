@@ -251,6 +251,20 @@ def test_the_test_set_is_touched_once_a_run(tmp_path, monkeypatch):
     assert len(rows) == 4 == len(calls)
 
 
+def test_the_test_uses_the_network_as_it_will_be_used():
+    """Without dropout and with the running statistics: the result does not depend on chance or on the batch size."""
+    images, text = data.load('cifar10_16'), data.load('tinystories_sample')
+    images.test, text.test = tuple(part[:40] for part in images.test), text.test[:700]
+    for name, dataset in ('resnet20', images), ('minigpt', text):
+        results = []
+        for size in 40, 7:
+            config = models.configure(evaluate.Config, evaluate.PRESETS, dict(
+                model=name, device='cpu', batch_size=size, context=16, dropout=0.5))
+            torch.manual_seed(0)
+            results.append(evaluate.test(models.network(config, torch.nn.ReLU, dataset).train(), dataset, config))
+        assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
 def test_what_a_row_holds(tmp_path, run_folder):
     """All that is needed to read it years later."""
     row = run(tmp_path / 'ledger', run_folder)[1]
