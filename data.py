@@ -126,7 +126,9 @@ def download(address: str, path: Path, md5: Optional[str]) -> None:
                 'cifar10_16, tinystories_sample) need no network'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with requests.get(address, stream=True, timeout=30) as answer, open(temporary, 'wb') as file:
+        # identity: a file that the server compresses on the way has another length than it says
+        with requests.get(address, stream=True, timeout=30, headers={'Accept-Encoding': 'identity'}) as answer, \
+                open(temporary, 'wb') as file:
             answer.raise_for_status()
             size, got = int(answer.headers.get('Content-Length', 0)), 0
             for chunk in answer.iter_content(1 << 20):
@@ -226,6 +228,7 @@ def text_dataset(name: str, paths: list[Path], tokens: str) -> Dataset:
     if len(texts) == 1:
         cut = texts[0].rindex(END.encode(), 0, len(texts[0]) * 19 // 20) + len(END)
         texts = [texts[0][:cut], texts[0][cut:].lstrip()]
+    texts = [text.rstrip() + b'\n' for text in texts]  # or a marker at the very end would stay in the text
     if tokens == 'bytes':
         parts = [torch.frombuffer(bytearray(text.replace(f'\n{END}\n'.encode(), b'\0')), dtype=torch.uint8)
                  for text in texts]

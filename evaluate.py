@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import data
-from activation import Activation, named
+from activation import NAMED, Activation, named
 from cell import Tabulated, random_expression
 from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, options,
                     weight_optimizer)
@@ -82,8 +82,8 @@ def resolve(text: str) -> Candidate:
     Raises ValueError, one line, for what is none of these.
     """
     path = Path(text)
-    if path.is_dir() or path.suffix == '.json':
-        return from_file(path / 'activation.json' if path.is_dir() else path)
+    if text.strip() and text not in NAMED and (path.is_dir() or path.suffix == '.json' or '/' in text):
+        return from_file(path if path.suffix == '.json' else path / 'activation.json')
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return Candidate(text, Activation(random_expression(torch.Generator().manual_seed(int(match[1])))))
     return Candidate(text.replace(' ', ''), named(text))
@@ -96,7 +96,7 @@ def from_file(path: Path) -> Candidate:
         expression, clip = content['expression'], content['clip']
         if not isinstance(expression, str) or not (clip is None or isinstance(clip, (int, float)) and 0 < clip < 1e12):
             raise TypeError('expression must be a text, clip a number above 0 or null')
-        name = path.parent.name if path.name == 'activation.json' else path.stem
+        name = path.resolve().parent.name if path.name == 'activation.json' else path.stem
         return Candidate(name, Activation(expression, clip), f"{content.get('model', '?')}/{content.get('data', '?')}")
     except OSError as error:
         raise ValueError(f'cannot read {path}: {error.strerror}; a finished search leaves it in its run folder') from None
@@ -108,8 +108,9 @@ def from_file(path: Path) -> Candidate:
 # ---------------------------------------------------------------------------------------------------------------------
 # One run.
 
-def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`, each storage once; `besides` (weights) not counted."""
+def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) -> tuple[int, Tensor]:
+    """Bytes that autograd keeps for the backward pass of `forward`, each storage once, and what `forward` returned;
+    `besides` (weights) not counted."""
     known, kept = {t.untyped_storage().data_ptr() for t in besides}, {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -118,13 +119,16 @@ def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(size for address, (size, _) in kept.items() if address not in known)
+        output = forward()
+    return sum(size for address, (size, _) in kept.items() if address not in known), output
 
 
 def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
     """Train the network from scratch with this activation; the row of the ledger."""
     torch.manual_seed(seed)
+    cuda = config.device.startswith('cuda')
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     activation = Activation(candidate.activation.expression, candidate.activation.clip)
     activation.requires_grad_(not config.freeze)
     module = Tabulated(activation) if config.table else activation
@@ -144,8 +148,9 @@ def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: i
         for _ in range(config.accumulate):
             x, y = next(batches)
             if step == 0:
-                kept = bytes_kept(lambda: cross_entropy(model(x), y), model.parameters())
-            loss = cross_entropy(model(x), y)
+                kept, loss = bytes_kept(lambda: cross_entropy(model(x), y), model.parameters())
+            else:
+                loss = cross_entropy(model(x), y)
             (loss / config.accumulate).backward()
             total += loss.detach() / config.accumulate
         if config.grad_clip:
@@ -162,14 +167,16 @@ def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: i
                 break
             curve.append([step + 1, round(mean, 5)])
     metrics = dict(test_loss=math.inf, test_accuracy=0.0) if diverged else test(model, dataset, config)
-    diverged = diverged or not math.isfinite(metrics['test_loss'])
+    # A network that knows nothing scores log(classes): a loss ten times as high is no result either, though finite.
+    diverged = diverged or not metrics['test_loss'] <= 10 * math.log(dataset.classes)
     return {'name': candidate.name, 'expression': candidate.activation.expression, 'clip': candidate.activation.clip,
             'searched': candidate.searched, 'seed': seed, 'settings': settings(config),
             **{key: None if not math.isfinite(value) else value for key, value in metrics.items()},
             'train_loss': curve[-1][1] if curve and not diverged else None, 'diverged': diverged,
             'learned': [round(s.item(), 6) for s in activation.scalars], 'curve': curve,
             'seconds': round(time.monotonic() - started, 1), 'ms_step': round(1e3 * statistics.median(paces or [0]), 2),
-            'mb_kept': round(kept / 1e6, 2), 'torch': torch.__version__, 'device': device_name(config.device),
+            'mb_kept': round(kept / 1e6, 2), 'mb_peak': round(torch.cuda.max_memory_allocated() / 1e6, 2) if cuda else None,
+            'python': sys.version.split()[0], 'torch': torch.__version__, 'device': device_name(config.device),
             'threads': torch.get_num_threads()}
 
 
@@ -289,6 +296,8 @@ def compare(values: dict[int, float], reference: dict[int, float], higher: bool)
 def verdict(c: Comparison, higher: bool, diverged: int, reference_diverged: int) -> str:
     if diverged > reference_diverged:
         return f'worse: {diverged} diverged'
+    if diverged < reference_diverged:
+        return 'better: the reference diverged more often'
     if c.n < 2 or abs(c.mean) <= c.half:
         return f"cannot tell with {c.n} seed{'s' * (c.n != 1)}" if c.mean != 0 or c.half else 'the same'
     return 'better' if (c.mean > 0) == higher else 'worse'
@@ -298,8 +307,11 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
     """The table of one group of comparable rows, the best first, as text that is also Markdown."""
     higher, key = metric == 'accuracy', f'test_{metric}'
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row['name'], []).append(row)
+    functions: dict[str, list[Any]] = {}
+    for row in rows:  # a joined ledger may call two functions by one name: the second is told apart by its expression
+        function = [row['expression'], row['clip']]
+        same = functions.setdefault(row['name'], function) == function
+        groups.setdefault(row['name'] if same else f"{row['name']} = {row['expression']}", []).append(row)
     place = f"{rows[0]['settings']['model']}/{rows[0]['settings']['data']}"
 
     def finite(group: list[dict[str, Any]], field: str) -> list[float]:
@@ -314,8 +326,9 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
     by_seed = {row['seed']: row[key] for row in reference if not row['diverged']}
     worst = -math.inf if higher else math.inf
     order = sorted(groups, key=lambda name: statistics.fmean(finite(groups[name], key) or [worst]), reverse=higher)
+    memory = 'mb_peak' if all(row.get('mb_peak') for row in rows) else 'mb_kept'  # a CPU does not count its peak
     lines = [['activation', 'seeds', f'test {metric}', f'minus {against}', '95 % interval', 'wins', 'verdict', 'test loss' if
-              higher else 'test accuracy', 'train loss', 'ms/step', 'MB kept', 'diverged']]
+              higher else 'test accuracy', 'train loss', 'ms/step', memory.replace('mb_', 'MB '), 'diverged']]
     for name in order:
         group = groups[name]
         c = compare({row['seed']: row[key] for row in group if not row['diverged']}, by_seed, higher)
@@ -329,7 +342,7 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
         lines.append([label, str(len(group)), spread(finite(group, key)), *judged,
                       spread(finite(group, 'test_loss' if higher else 'test_accuracy')), spread(finite(group, 'train_loss')),
                       f"{statistics.median(row['ms_step'] for row in group):.0f}",
-                      f"{statistics.median(row['mb_kept'] for row in group):.0f}", str(diverged)])
+                      f"{statistics.median(row[memory] for row in group):.1f}", str(diverged)])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     lines.insert(1, ['-' * width for width in widths])
     return '\n'.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |' for line in lines)
@@ -359,7 +372,7 @@ def report(rows: list[dict[str, Any]], against: Optional[str], metric: Optional[
 def card(candidate: Candidate) -> str:
     """What a function is like and what it costs: forward and backward of a million elements against ReLU."""
     f = candidate.activation
-    x = torch.linspace(-5, 5, 10_001, dtype=torch.float64, requires_grad=True)
+    x = (torch.arange(-5000, 5001, dtype=torch.float64) / 1000).requires_grad_()  # 0 is among them, exactly
     f64 = Activation(f.expression, f.clip).double()
     y = f64(x)
     slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)  # 0 * x: a constant does not depend on x
@@ -380,7 +393,7 @@ def card(candidate: Candidate) -> str:
             times[name][1].append(time.perf_counter() - middle)
     ms = {name: [1e3 * statistics.median(t) for t in both] for name, both in times.items()}
     # of the sum with x, for functions that keep nothing
-    kept = {name: bytes_kept(lambda: function(sample), [sample]) / size for name, function in contestants.items()}
+    kept = {name: bytes_kept(lambda: function(sample), [sample])[0] / size for name, function in contestants.items()}
     lines = [f'expression       {f.expression}', f'formula          {f.formula}',
              f'range            {y.min().item():.4g} to {y.max().item():.4g} on [-5, 5]',
              f'slope            {slope.min().item():.4g} to {slope.max().item():.4g}',
@@ -461,13 +474,16 @@ def seeds_of(text: str) -> range:
     return seeds
 
 
-def evaluate(candidates: list[Candidate], config: Config, seeds: range, show: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Train what the ledger lacks, seed by seed so that every moment has a fair table; the rows of this comparison."""
+def evaluate(candidates: list[Candidate], config: Config, seeds: range, against: str, metric: Optional[str],
+             show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Train what the ledger lacks, seed by seed so that every moment has a fair table, which is shown after each; the
+    rows of this comparison."""
     dataset, ledger = data.load(config.data, config.data_dir, config.tokens), Path(config.out)
     done = {identity(row): row for row in read_ledger(ledger)}
     rows = []
     total, count, spent = len(seeds) * len(candidates), 0, []
     for seed in seeds:
+        before = len(spent)
         for candidate in candidates:
             count += 1
             key = identity({'name': candidate.name, 'expression': candidate.activation.expression,
@@ -481,6 +497,8 @@ def evaluate(candidates: list[Candidate], config: Config, seeds: range, show: Ca
             left = f', {statistics.fmean(spent) * (total - count) / 60:.0f} min left' if spent else ', from the ledger'
             result = 'diverged' if row['diverged'] else f"test loss {row['test_loss']:.4f}  accuracy {row['test_accuracy']:.4f}"
             show(f"{count}/{total}  seed {seed}  {candidate.name:24s} {result}  {row['ms_step']:.0f} ms/step{left}")
+        if len(spent) > before and seed != seeds[-1]:
+            show(f'\n{report(rows, against, metric)}\n')
     return rows
 
 
@@ -501,24 +519,36 @@ def main(arguments: Optional[list[str]] = None) -> None:
         if given.card:
             print(card(resolve(given.card)))
             return
-        reference = resolve(given.against or STANDARD[config.model])
         if given.report:
+            if missing := [path for path in given.report if not Path(path).exists()]:
+                raise ValueError(f"cannot read {', '.join(missing)}: no such file; --report takes ledgers that exist")
             rows = [row for path in given.report for row in read_ledger(Path(path))]
             if not rows:
                 raise ValueError(f"no runs in {', '.join(given.report)}")
-            print(report(rows, given.against and reference.name, given.metric))
+            against = given.against and Path(given.against.replace(' ', '')).name  # a run folder is called by its name
+            if against:
+                valid('activation in --against', against, dict.fromkeys(row['name'] for row in rows))
+            print(report(rows, against, given.metric))
+            reference_name = against or STANDARD.get(rows[0]['settings'].get('model'), 'relu')
         else:
+            reference = resolve(given.against or STANDARD[config.model])
+            reference_name = reference.name
             if given.random < 0:
                 raise ValueError(f'--random {given.random}: 0 or more')
             kind = 'text' if config.model == 'minigpt' else 'image'
             names = (given.baselines if given.baselines is not None else BASELINES[kind]).split(',')
             names = [name for name in names if name not in ('none', '')] + [f'random_{k}' for k in range(given.random)]
-            candidates = {c.name: c for c in [reference, *map(resolve, [*given.activations, *names])]}
-            rows = evaluate(list(candidates.values()), config, seeds_of(given.seeds), lambda line: print(line, flush=True))
-            print('\n' + report(rows, reference.name, given.metric))
+            candidates: dict[str, Candidate] = {}
+            for c in [reference, *map(resolve, [*given.activations, *names])]:
+                one = candidates.setdefault(c.name, c)
+                if (one.activation.expression, one.activation.clip) != (c.activation.expression, c.activation.clip):
+                    raise ValueError(f'two different functions are called {c.name}: rename one of the run folders')
+            rows = evaluate(list(candidates.values()), config, seeds_of(given.seeds), reference_name, given.metric,
+                            lambda line: print(line, flush=True))
+            print('\n' + report(rows, reference_name, given.metric))
             print(f'\nledger: {config.out}   the table again: python evaluate.py --report {config.out}')
         if given.figures:
-            print(figures(rows, reference.name, Path(given.figures)))
+            print(figures(rows, reference_name, Path(given.figures)))
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)

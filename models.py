@@ -129,7 +129,8 @@ class ViTTiny(nn.Module):
 
 class MiniGPT(nn.Module):
     """(n, time) token indices -> (n, time, vocabulary) logits; time at most `context`. After nanoGPT: 3 blocks,
-    3 heads, width 192, no biases, output weights tied to the embedding, residual projections scaled at the start."""
+    3 heads, width 192, biases in the layer norms only, output weights tied to the embedding, residual projections
+    scaled at the start."""
 
     def __init__(self, activation: MakeActivation, vocabulary: int = 256, context: int = 128, dropout: float = 0.0):
         super().__init__()
@@ -252,8 +253,8 @@ class Training:
     grad_clip: float = option(1.0, 'bound on the norm of the gradient; 0: none')
 
     def at(self, value: float) -> int:
-        """A step, from a step or a share of all steps."""
-        return round(value * self.steps) if value < 1 else int(value)
+        """A step, from a step or a share of all steps; a share below 1 always leaves the last step."""
+        return min(round(value * self.steps), self.steps - 1) if value < 1 else int(value)
 
     def check(self) -> None:
         """Raise ValueError, one line, for a value that cannot be."""

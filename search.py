@@ -103,17 +103,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                     warmstart=0.05, shrink_until=0.9, normalise='centre', runoff=0),
     },
     'paper': {
-        # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs; shrinking from epoch 2.
+        # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs, one of them warm
+        # start, shrinking from the second on: shares, so that --steps rescales the search.
         'resnet20': dict(data='cifar10', steps=14650, batch_size=64, accumulate=2, optimizer='sgd', lr=0.1,
-                         weight_decay=1e-4, arch_lr=6e-4, warmstart=293, shrink_from=586, **_PAPER),
+                         weight_decay=1e-4, arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, **_PAPER),
         # 73 steps an epoch: batches of 128, four accumulated
         'vit_tiny': dict(data='cifar10', steps=3650, batch_size=128, accumulate=4, lr=1e-3, lr_end=0.0,
-                         weight_decay=0.0, arch_lr=6e-4, warmstart=73, shrink_from=146, **_PAPER),
+                         weight_decay=0.0, arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, **_PAPER),
         'minigpt': dict(data='tinystories', steps=1000, batch_size=64, accumulate=10, context=256, tokens='gpt2', lr=1e-3, lr_end=0.1,
-                        weight_decay=0.1, dropout=0.2, arch_lr=1e-3, warmstart=100, shrink_from=200,
+                        weight_decay=0.1, dropout=0.2, arch_lr=1e-3, warmstart=0.1, shrink_from=0.2,
                         **{**_PAPER, 'grad_clip': 1.0}),
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2, weight_decay=0.0,
-                    arch_lr=1e-2, warmstart=100, shrink_from=200, **_PAPER),
+                    arch_lr=1e-2, warmstart=0.07, shrink_from=0.14, **_PAPER),
     },
 }
 
@@ -124,20 +125,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """For the architecture step: no gradient for the weights, which also saves their third of the backward pass, and
-    no validation batch in the running statistics of batch norm, a leak that is easy to miss."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    norms = [m for m in model.modules() if getattr(m, 'track_running_stats', False)]
+    no trace of a validation batch in running statistics (batch norm's, or any layer's), a leak that is easy to miss."""
+    weights, buffers = [p for p in model.parameters() if p.requires_grad], list(model.buffers())
+    kept = [buffer.clone() for buffer in buffers]
     for p in weights:
         p.requires_grad_(False)
-    for m in norms:
-        m.track_running_stats = False
     try:
         yield
     finally:
         for p in weights:
             p.requires_grad_(True)
-        for m in norms:
-            m.track_running_stats = True
+        if buffers:
+            torch._foreach_copy_(buffers, kept)
 
 
 def bound(gradients: list[Tensor], limit: float) -> Tensor:
