@@ -375,9 +375,10 @@ def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) ->
 def memory_needed(model: nn.Module, batches: Any, loss: Callable[[Tensor, Tensor], Tensor], config: Training) -> int:
     """Bytes that training will take at its peak, beside those that the process has now.
 
-    What is kept for backward is measured on batches of 2 and 4 and extended to --batch-size. Half of it is added for
-    what lives for a moment in the backward pass, and the weights are counted five times: gradient, two moments of the
-    optimiser, the initial state of a run-off, a checkpoint. Leaves the model and the random generator as they were.
+    What is kept for backward is measured on batches of 2 and 4 and extended to --batch-size. Three quarters of it are
+    added for what lives for a moment in the backward pass, and the weights are counted five times: gradient, two moments
+    of the optimiser, the initial state of a run-off, a checkpoint; 0.1 GB for tables and libraries. Within a fifth of what
+    was measured on a CPU. Leaves the model and the random generator as they were.
     """
     model, batches = copy.deepcopy(model), copy.copy(batches)
     kept = []
@@ -388,7 +389,7 @@ def memory_needed(model: nn.Module, batches: Any, loss: Callable[[Tensor, Tensor
             kept.append(bytes_kept(lambda: loss(model(x), y), model.parameters()) + x.nbytes + y.nbytes)
     item = (kept[1] - kept[0]) / 2
     batch = kept[0] + item * max(config.batch_size - 2, 0)
-    return round(1.5 * batch + 5 * sum(p.nbytes for p in model.parameters()))
+    return round(1e8 + 1.75 * batch + 5 * sum(p.nbytes for p in model.parameters()))
 
 
 def memory_free(device: str) -> Optional[int]:
