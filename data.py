@@ -142,8 +142,6 @@ def download(address: str, path: Path, md5: Optional[str]) -> None:
             length, got = answer.headers.get('Content-Length', ''), 0
             size = int(length) if length.isdecimal() else 0
             for chunk in answer.iter_content(1 << 20):
-                if not got and not md5 and END.encode() not in chunk:
-                    raise DataError(f'{address}: what comes is not TinyStories; behind a log-in page? try again, {elsewhere}')
                 got += len(chunk)
                 file.write(chunk)
                 if sys.stderr.isatty():

@@ -80,7 +80,7 @@ def resolve(text: str) -> Candidate:
     Raises ValueError, one line, for what is none of these.
     """
     path = Path(text)
-    if path.is_dir() or path.suffix == '.json':
+    if path.suffix == '.json' or len(text) < 1000 and path.is_dir():  # a longer one is no path, and some systems balk
         return from_file(path / 'activation.json' if path.is_dir() else path)
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return Candidate(text, Activation(random_expression(torch.Generator().manual_seed(int(match[1])))))
@@ -504,11 +504,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
         if given.report:
             rows = [row for path in given.report for row in read_ledger(Path(path))]
             if not rows:
-                raise ValueError(f"no runs in {', '.join(given.report)}")
+                raise ValueError(f"no runs in {', '.join(given.report)}; a ledger is what a finished run is written to, see --out")
             print(report(rows, given.against and reference.name, given.metric))
         else:
-            if given.random < 0:
-                raise ValueError(f'--random {given.random}: 0 or more')
+            if not 0 <= given.random <= 10_000:
+                raise ValueError(f'--random {given.random}: from 0 to 10,000')
             kind = 'text' if config.model == 'minigpt' else 'image'
             names = (given.baselines if given.baselines is not None else BASELINES[kind]).split(',')
             names = [name for name in names if name not in ('none', '')] + [f'random_{k}' for k in range(given.random)]

@@ -264,7 +264,8 @@ class Training:
     def check(self) -> None:
         """Raise ValueError, one line, for a value that cannot be."""
         try:
-            [float(word) for word in self.drops.split(',') if word]
+            if not all(0 < float(word) < 1 for word in self.drops.split(',') if word):
+                raise ValueError
         except ValueError:
             raise ValueError(f"--drops '{self.drops}': shares with commas between, such as 0.5,0.75") from None
         if not 0 <= self.dropout < 1:
@@ -512,7 +513,7 @@ def one_line_errors(to_go_on: Callable[[], str]) -> Iterator[None]:
             raise
         line = f'error: out of memory; {LESS_MEMORY}'
     with contextlib.suppress(OSError):
-        print(' '.join(line.split()), file=sys.stderr, flush=True)
+        print(' '.join(line.split())[:600], file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
     except OSError:  # else Python complains once more at exit

@@ -82,7 +82,7 @@ class Config(Training):
         valid('--shrink', self.shrink, ('linear', 'log', 'none'))
         valid('--data', self.data, data.DATA if not self.teacher else ('teacher',))
         within(self, 0, 'runoff', 'seed', 'arch_weight_decay', 'warmstart', 'shrink_from', 'shrink_until', 'arch_lr',
-               'runoff_steps', 'checkpoint_every')
+               'shrink_until', 'runoff_steps', 'checkpoint_every')
         within(self, 20, 'steps')
         within(self, 64, 'points')
         if self.points > 32768:
