@@ -9,8 +9,9 @@ The idea that makes it fast (ours): whatever its 110 operations do, the cell is 
 evaluated op by op only on a grid of a few thousand points, and the millions of activations of the network are looked
 up in that table (`Lookup`). See `Cell.draw`.
 """
+import dataclasses
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -364,3 +365,58 @@ class Site(nn.Module):
 
     def extra_repr(self) -> str:
         return f'site {self.index} of {self.cell.sites}'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When numbers go wrong.
+
+@torch.no_grad()
+def blame(model: nn.Module, cell: Cell, x: Tensor) -> dict[str, Any]:
+    """Where a network with this cell goes wrong on the batch `x`, by one more forward pass; random generators stay.
+
+    site: the first whose inputs or outputs are not finite, else the one with the largest output. inputs: range of its
+    finite inputs. op: 'U2:exp', the first operation of the relaxed cell that is not finite on such inputs (as far as the
+    table goes), else the one with the largest output before clipping; output: that size. gradient: the first parameter
+    whose .grad is not finite, or None.
+    """
+    sites: list[tuple[float, int, float, float]] = []
+
+    def watch(site: Site, inputs: tuple[Tensor], output: Tensor) -> None:
+        values, finite = inputs[0], inputs[0][inputs[0].isfinite()]
+        size = largest(output) if len(finite) == values.numel() else math.inf
+        sites.append((size, site.index, *(m.item() for m in finite.aminmax())) if len(finite)
+                     else (math.inf, site.index, math.nan, math.nan))
+
+    def probed(k: int, op: Op) -> Op:
+        def function(*inputs: Tensor) -> Tensor:
+            y = op.function(*inputs)
+            sizes.append((largest(y), f'{CHOICES[k]}:{op.name}'))
+            return y
+        return dataclasses.replace(op, function=function)
+
+    hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, Site)]
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    _, site, low, high = max(sites, key=lambda entry: entry[0])  # the first of equals: nothing is worse than infinite
+    sizes: list[tuple[float, str]] = []
+    if cell.tables is None:
+        sizes.append((largest(cell.standard(torch.tensor([low, high], device=x.device))), cell.standard.expression))
+    else:
+        ops, reach = cell.ops, max(abs(low), abs(high))
+        try:
+            cell.ops = tuple(tuple(probed(k, op) for op in ops[k]) for k in range(6))
+            cell.curve(1001, min(reach, cell.limit) if math.isfinite(reach) else cell.limit)
+        finally:
+            cell.ops = ops
+    output, op = max(sizes, key=lambda entry: entry[0])
+    gradient = next((name for name, p in [*model.named_parameters(), *cell.named_parameters()]
+                     if p.grad is not None and not p.grad.norm().isfinite()), None)
+    return {'site': site, 'inputs': [low, high], 'op': op, 'output': output, 'gradient': gradient}
+
+
+def largest(values: Tensor) -> float:
+    """The largest size in there; infinite where one is not finite."""
+    size = values.abs().max().item()
+    return size if math.isfinite(size) else math.inf
