@@ -7,10 +7,14 @@
 All contestants of one network are measured in turn, round after round, so that whatever else the machine does meets all
 of them alike; times are medians over the rounds. Steps are whole steps as search.py makes them (batch, drawing, forward,
 backward, clipping of the gradient, optimiser), with the settings of the laptop preset, on random data of the stated size.
-Memory is the growth of the peak resident size of a process of its own, over what it is after a step at batch 2.
+Memory is the growth of the peak resident size of a process of its own, over what it is after a step at batch 2 of
+another such network; there glibc is told to give every large block back when it is freed, so that the peak is what was
+needed and not how the heap happened to be cut up.
 """
 import argparse
+import itertools
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -71,10 +75,9 @@ class Bench:
         self.config = configure(Config, PRESETS, dict(model=model, batch_size=batch, device='cpu', **options))
         self.cell = new_cell(self.config)
         dataset = dataset_for(model)
-        if kind == 'plain':
-            kind = STANDARD[model]
         make: Callable[[], nn.Module] = {
-            'table': self.cell.site, 'opbyop': lambda: Reference(self.cell),
+            'plain': {'relu': nn.ReLU, 'gelu': nn.GELU}[STANDARD[model]], 'table': self.cell.site,
+            'opbyop': lambda: Reference(self.cell), 'few sites': few_sites(self.cell),
         }.get(kind, lambda: Tabulated(named(kind[6:])) if kind.startswith('table:') else named(kind))
         self.model = network(self.config, make, dataset).train()
         train, val = data.split(dataset, 0)
@@ -154,10 +157,12 @@ def peak() -> float:
 def memory(model: str, kind: str, batch: int, step: str) -> float:
     """MB that three steps need at their peak, in a process of its own."""
     arguments = [sys.executable, __file__, '--memory', model, kind, str(batch), step]
-    return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.split()[-1])
+    environment = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536', 'OMP_NUM_THREADS': '1'}
+    return float(subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
 def own_memory(model: str, kind: str, batch: int, step: str) -> float:
+    """What `memory` runs. subtle: the peak of a process is never below what its parent used when starting it."""
     getattr(Bench(model, kind, 2), step)()
     bench = Bench(model, kind, batch)
     before = peak()
@@ -175,63 +180,61 @@ def loop(model: str, batch: int) -> float:
     return statistics.median(1000 * (b - a) for a, b in zip(stamps[2:16], stamps[3:17]))
 
 
-def row(*cells: Any) -> None:
-    print('| ' + ' | '.join(f'{c:.3g}' if isinstance(c, float) and c < 10 else f'{c:.0f}' if isinstance(c, float) else str(c)
-                            for c in cells) + ' |', flush=True)
+def table(head: list[str], rows: list[list[Any]]) -> None:
+    """Print a table in markdown; floats with two or three digits."""
+    for cells in [head, ['---'] * len(head), *rows]:
+        words = [str(c) if not isinstance(c, float) else f'{c:.2f}' if c < 10 else f'{c:.0f}' for c in cells]
+        print('| ' + ' | '.join(words) + ' |', flush=True)
 
 
-def compare(model: str, rounds: int) -> dict[str, float]:
-    """Plain, weight and architecture step, and the cell op by op, of one network."""
+def compare(model: str, rounds: int, mb: dict[str, float]) -> dict[str, float]:
+    """Plain, weight and architecture step, and the cell op by op, of one network. mb: peaks, see `peaks`."""
     batch, few = SIZES[model]['batch'], SIZES[model]['few']
     plain, table, slow = Bench(model, 'plain', batch), Bench(model, 'table', batch), Bench(model, 'opbyop', few)
     ms = medians({'plain': plain.plain_step, 'weight': table.weight_step, 'arch': table.arch_step,
                   'opbyop': slow.opbyop_step, 'draw': table.drawing, 'batch': table.batching}, rounds)
-    mb = {step: memory(model, kind, batch, step) for kind, step in (('plain', 'plain_step'), ('table', 'bilevel_step'))}
     bilevel = ms['weight'] + ms['arch']
     result = dict(plain_ms=ms['plain'], weight_ms=ms['weight'], arch_ms=ms['arch'], bilevel_over_plain=bilevel / ms['plain'],
                   opbyop_over_table=ms['opbyop'] * batch / few / bilevel,
-                  memory_over_plain=mb['bilevel_step'] / mb['plain_step'], plain_mb=mb['plain_step'],
-                  bilevel_mb=mb['bilevel_step'], draw_share=ms['draw'] / bilevel, batch_share=ms['batch'] / bilevel,
+                  memory_over_plain=mb['table'] / mb['plain'], plain_mb=mb['plain'], bilevel_mb=mb['table'],
+                  draw_share=ms['draw'] / bilevel, batch_share=ms['batch'] / bilevel,
                   search_ms=loop(model, batch))
-    row(f'{model}, batch {batch}', result['plain_ms'], result['weight_ms'], result['arch_ms'], result['bilevel_over_plain'],
-        f"{result['opbyop_over_table']:.0f} (at batch {few})", result['memory_over_plain'],
-        f"{100 * result['draw_share']:.1f} %", f"{100 * result['batch_share']:.1f} %", result['search_ms'])
     return {key: round(value, 3) for key, value in result.items()}
 
 
-def found(rounds: int) -> dict[str, float]:
-    """Retraining a found function: op by op, by table, and relu. One plain training step of resnet20."""
-    kinds = {'relu': 'relu', 'op by op': EXPENSIVE, 'by table': f'table:{EXPENSIVE}'}
-    ms = medians({name: Bench('resnet20', kind, 64).plain_step for name, kind in kinds.items()}, rounds)
+def found(rounds: int) -> None:
+    """A training step of resnet20 with an expensive function, as in retraining: op by op, by table, and with ReLU."""
+    kinds = {'relu': 'plain', f'{EXPENSIVE}, op by op': EXPENSIVE, f'{EXPENSIVE}, by table': f'table:{EXPENSIVE}'}
     mb = {name: memory('resnet20', kind, 64, 'plain_step') for name, kind in kinds.items()}
-    print(f'\nA training step of resnet20, batch 64, with {named(EXPENSIVE).formula}:\n')
-    row('activation', 'ms', 'MB')
-    row('---', '---', '---')
-    for name in kinds:
-        row(name, ms[name], mb[name])
-    return {f"{name.replace(' ', '_')}_{unit}": round(values[name], 1) for unit, values in (('ms', ms), ('mb', mb)) for name in kinds}
+    ms = medians({name: Bench('resnet20', kind, 64).plain_step for name, kind in kinds.items()}, rounds)
+    print(f'\nTraining step of resnet20, batch 64; {EXPENSIVE} is {named(EXPENSIVE).formula}\n')
+    table(['activation', 'ms', 'MB'], [[name, ms[name], mb[name]] for name in kinds])
 
+
+def few_sites(cell: Cell) -> Callable[[], nn.Module]:
+    """Makes one site of the cell, the first, and ReLU after that."""
+    made = itertools.count()
+    return lambda: cell.site() if next(made) == 0 else nn.ReLU()
 
 
 def growth(rounds: int) -> None:
-    """How the cost of a bi-level step of resnet20 grows with what a search may vary."""
+    """How the cost of a bi-level step of resnet20 grows with what a search may vary; one thing at a time."""
     every = 'base,periodic,swish'
     settings: dict[str, dict[str, dict[str, Any]]] = {
-        'operations (unary, binary)': {f'{len(Cell(ops).ops[0])}, {len(Cell(ops).ops[2])}': dict(ops=ops)
-                                       for ops in ('relu,add', 'base', every)},
-        'grid points': {f'{24 * 2 ** k + 1:,}': dict(points=24 * 2 ** k + 1) for k in range(6, 11)},
+        'unary and binary operations': {f'{len(Cell(ops).ops[0])} and {len(Cell(ops).ops[2])}': dict(ops=ops)
+                                        for ops in ('identity,relu,tanh,add,mul', 'base', every)},
+        'sites (the other 18 are ReLU)': {'1': dict(kind='few sites'), '19': {}},
+        'grid points': {f'{24 * k + 1:,}': dict(points=24 * k + 1) for k in (43, 171, 512, 1365)},
         'sampler': {name: dict(sampler=name) for name in ('mean', 'dirichlet')},
         'batch': {str(n): dict(batch=n) for n in (16, 64, 256)},
     }
     for what, variants in settings.items():
-        benches = {name: Bench('resnet20', 'table', **{'batch': 64, **options}) for name, options in variants.items()}
+        benches = {name: Bench(**{'model': 'resnet20', 'kind': 'table', 'batch': 64, **options})
+                   for name, options in variants.items()}
         ms = medians({name: bench.bilevel_step for name, bench in benches.items()}, rounds)
         drawing = medians({name: bench.drawing for name, bench in benches.items()}, rounds)
         print()
-        row(what, 'bi-level step, ms', 'of it drawing, ms')
-        row('---', '---', '---')
-        for name in variants:
-            row(name, ms[name], drawing[name])
+        table([what, 'bi-level step, ms', 'of it drawing, ms'], [[name, ms[name], drawing[name]] for name in variants])
 
 
 def main() -> None:
@@ -249,12 +252,18 @@ def main() -> None:
     if given.growth:
         growth(given.rounds)
         return
-    row('network', 'plain step, ms', 'weight step, ms', 'architecture step, ms', '(weight + architecture) / plain',
-        'op by op / table', 'memory / plain', 'drawing', 'batching', 'step of search.py, ms')
-    row(*['---'] * 10)
-    results: dict[str, Any] = {model: compare(model, given.rounds) for model in SIZES if given.only in (None, model)}
+    models = [given.only] if given.only else list(SIZES)
+    mb = {model: {kind: memory(model, kind, SIZES[model]['batch'], step)  # first, while this process is small itself
+                  for kind, step in (('plain', 'plain_step'), ('table', 'bilevel_step'))} for model in models}
+    results = {model: compare(model, given.rounds, mb[model]) for model in models}
+    table(['network', 'batch', 'plain step, ms', 'weight step, ms', 'architecture step, ms', '(weight + architecture) / plain',
+           'op by op / table *', 'memory / plain', 'drawing', 'batching', 'step of search.py, ms'],
+          [[model, SIZES[model]['batch'], r['plain_ms'], r['weight_ms'], r['arch_ms'], r['bilevel_over_plain'],
+            r['opbyop_over_table'], r['memory_over_plain'], f"{100 * r['draw_share']:.1f} %",
+            f"{100 * r['batch_share']:.1f} %", r['search_ms']] for model, r in results.items()])
+    print('\n* measured at batch', ', '.join(f"{SIZES[model]['few']} ({model})" for model in models), 'and scaled')
     if not given.only:
-        results['found'] = found(given.rounds)
+        found(given.rounds)
     print()
     print(json.dumps(results))
 
