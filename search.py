@@ -68,7 +68,7 @@ class Config(Training):
     normalise: str = option('scale', "take gain out of each site's table: none (paper), scale or centre")
     ops: str = option('base', 'operations: base, periodic, swish, no-composites, names; a minus takes one out')
     clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; 'none' for none")
-    points: int = option(4096, 'of the grid on which the cell is tabulated, at most 32,768')
+    points: int = option(8193, 'of the grid on which the cell is tabulated; best an odd number, at most 32,767')
     # the run-off (ours)
     runoff: int = option(12, 'candidates trained from scratch and judged on validation; 0: none (paper)')
     runoff_steps: float = option(0.04, 'steps of the first round; each further round halves the field and doubles them')
