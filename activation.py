@@ -277,9 +277,14 @@ LINEAR = ('neg', 'scale', 'bias', 'add', 'sub', 'mix')
 COMMUTATIVE = ('add', 'mul', 'max', 'min', 'laplace', 'rbf')
 MONOMIALS = {2: ('square',), 3: ('cube',), 4: ('square', 'square'), 6: ('square', 'cube'), 8: ('square',) * 3,
              9: ('cube', 'cube'), 12: ('square', 'square', 'cube'), 18: ('square', 'cube', 'cube'), 27: ('cube',) * 3}
+# Straight on both sides of 0, so that each is a sum of two others
+PIECEWISE = {'relu': ({'identity': 1, 'min0': -1}, {'identity': 0.5, 'abs': 0.5}, {'abs': 1, 'min0': 1}),
+             'min0': ({'identity': 1, 'relu': -1}, {'identity': 0.5, 'abs': -0.5}, {'relu': 1, 'abs': -1}),
+             'abs': ({'relu': 2, 'identity': -1}, {'identity': 1, 'min0': -2}, {'relu': 1, 'min0': -1}),
+             'leaky_relu': ({'identity': 0.01, 'relu': 0.99}, {'identity': 1, 'min0': -0.99})}
 # name -> operations that are nowhere below it, on the same input
 BELOW = {'min0': 'identity elu leaky_relu relu abs silu gelu softplus', 'identity': 'elu leaky_relu relu abs softplus',
-         'elu': 'leaky_relu relu abs softplus', 'leaky_relu': 'relu abs softplus', 'relu': 'abs softplus',
+         'elu': 'relu abs softplus', 'leaky_relu': 'relu abs softplus', 'relu': 'abs softplus',
          'silu': 'relu abs softplus', 'gelu': 'relu abs softplus', 'neg': 'abs', 'tanh': 'elu relu abs softplus',
          'atan': 'abs relu softplus', 'asinh': 'abs relu softplus'}
 
@@ -301,52 +306,61 @@ def value_of(tree: Tree) -> Optional[float]:
     return tree.scalar if is_op(tree, 'const') else None
 
 
+# Ranges are proved piece by piece of the real line: interval arithmetic is sharp where the pieces are short.
+EDGES = torch.tensor([-math.inf, -100, -30, *range(-16, -6), *(k / 8 for k in range(-48, 49)), *range(7, 17), 30, 100, math.inf],
+                     dtype=torch.float64)
+
+
 @functools.lru_cache(20_000)
-def bounds(tree: Tree, clip: Optional[float]) -> tuple[float, float]:
-    """An interval that holds every value of the tree for all real x; not always the narrowest one."""
+def ranges(tree: Tree, clip: Optional[float]) -> tuple[Tensor, Tensor]:
+    """(pieces,) lowest and highest values, for x between EDGES; intervals that hold them, not always the narrowest."""
     if tree == 'x':
-        return -math.inf, math.inf
-    op, inputs = tree.op, [bounds(node, clip) for node in tree.inputs]
+        return EDGES[:-1], EDGES[1:]
+    op, inputs = tree.op, [ranges(node, clip) for node in tree.inputs]
     if op.name == 'const':
-        return tree.scalar, tree.scalar
+        return (torch.full_like(EDGES[1:], tree.scalar),) * 2
     if op.name in LINEAR:
         terms, constant = linear(tree)
-        low = high = constant
+        low = high = torch.full_like(EDGES[1:], constant)
         for base, k in terms.items():
-            ends = [k * end for end in (bounds(base, clip) if base != tree else (-math.inf, math.inf))]
-            low, high = low + min(ends), high + max(ends)
-        return low, high
+            ends = [k * end for end in ranges(base, clip)]
+            low, high = low + ends[k < 0], high + ends[k > 0]
+        return low.nan_to_num(-math.inf, math.inf, -math.inf), high.nan_to_num(math.inf, math.inf, -math.inf)
 
-    def at(*points: float) -> list[float]:
-        return op(torch.tensor(points, dtype=torch.float64), clip=clip).tolist()
+    def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        ends = torch.stack([(u * v).nan_to_num(0.0, math.inf, -math.inf) for u in a for v in b])  # subtle: 0 * inf is 0 here
+        return ends.amin(0), ends.amax(0)
 
-    def product(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-        ends = [0.0 if 0.0 in (u, v) else u * v for u in a for v in b]
-        return min(ends), max(ends)
-
-    limit = math.inf if clip is None or not op.clips else clip
+    limit = clip if op.clips and clip is not None else math.inf
     (low, high), other = inputs[0], inputs[-1]
     if op.name in RISING:
-        low, high = at(low, high)
-    elif op.name in ('silu', 'gelu'):  # down to a dip of at most this depth, then up
-        dip = -0.27847 if op.name == 'silu' else -0.17
-        low, high = (at(low)[0] if low >= 0 else dip), (at(high)[0] if high > 0 else 0.0)
+        low, high = op(low, clip=None), op(high, clip=None)
+    elif op.name in ('silu', 'gelu'):  # falls to a dip, then rises
+        dip, left, right = (-0.27847, -1.279, -1.278) if op.name == 'silu' else (-0.17, -0.752, -0.7517)
+        at = op(low).nan_to_num(0.0), op(high).nan_to_num(0.0, math.inf)
+        low, high = torch.where(high <= left, at[1], torch.where(low >= right, at[0], dip)), torch.maximum(*at)
     elif op.name in ('abs', 'square', 'cosh', 'log_abs', 'gauss'):
-        nearest_0 = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
-        low, high = sorted(at(nearest_0, max(abs(low), abs(high))))
+        near = torch.where((low <= 0) & (high >= 0), 0.0, torch.minimum(low.abs(), high.abs()))
+        ends = op(near, clip=None), op(torch.maximum(low.abs(), high.abs()), clip=None)
+        low, high = torch.minimum(*ends), torch.maximum(*ends)
     elif op.name in ('max', 'min'):
-        pick = max if op.name == 'max' else min
-        low, high = pick(low, other[0]), pick(high, other[1])
+        low, high = op(low, other[0]), op(high, other[1])
     elif op.name == 'mul':
-        low, high = product(inputs[0], other)
+        low, high = product((low, high), other)
     elif op.name == 'gate':
-        low, high = product((sigmoid(low), sigmoid(high)), other)
-    elif op.name == 'div':
-        low, high = (0.0, 0.0) if low == high == 0 else (-math.inf, math.inf)
+        low, high = product((torch.sigmoid(low), torch.sigmoid(high)), other)
+    elif op.name == 'div' and bool((low == 0).all() and (high == 0).all()):
+        pass
     else:
-        low, high = {'sin': (-1.0, 1.0), 'cos': (-1.0, 1.0), 'sinc': (-0.218, 1.0), 'laplace': (0.0, 1.0),
-                     'rbf': (0.0, 1.0)}.get(op.name, (-math.inf, math.inf))
-    return max(-limit, min(limit, low)), max(-limit, min(limit, high))
+        ends = {'sin': (-1, 1), 'cos': (-1, 1), 'sinc': (-0.218, 1), 'laplace': (0, 1), 'rbf': (0, 1)}
+        low, high = (torch.full_like(low, end) for end in ends.get(op.name, (-math.inf, math.inf)))
+    return low.clamp(-limit, limit), high.clamp(-limit, limit)
+
+
+def bounds(tree: Tree, clip: Optional[float]) -> tuple[float, float]:
+    """An interval that holds every value of the tree, for all real x."""
+    low, high = ranges(tree, clip)
+    return low.min().item(), high.max().item()
 
 
 def can_clip(tree: Node, clip: Optional[float]) -> bool:
@@ -355,7 +369,6 @@ def can_clip(tree: Node, clip: Optional[float]) -> bool:
         return False
     if is_op(tree, 'mul') and tree.inputs[0] == tree.inputs[1]:
         tree = make('square', tree.inputs[0])
-    # the operation without its clip, on inputs as they are: stand-ins with the inputs' ranges would do as well
     low, high = bounds(Node(dataclasses.replace(tree.op, clips=False), tree.inputs, tree.scalar), clip)
     return not (-clip <= low and high <= clip)
 
@@ -425,12 +438,14 @@ def other_forms(base: Tree) -> list[tuple[dict[Tree, float], float]]:
     if not is_op(base, 'relu', 'min0', 'abs', 'leaky_relu', 'silu', 'gelu', 'softplus', 'sigmoid'):
         return []
     name, a = base.op.name, base.inputs[0]
-    f = {f: {make(f, a): 1.0} for f in ('relu', 'min0', 'abs')}
-    # factor of a, and factor of another function of a
-    ways = {'relu': ((1, -1, 'min0'), (0.5, 0.5, 'abs')), 'min0': ((1, -1, 'relu'), (0.5, -0.5, 'abs')),
-            'abs': ((-1, 2, 'relu'), (1, -2, 'min0')), 'leaky_relu': ((0.01, 0.99, 'relu'), (1, -0.99, 'min0'))}
-    if name in ways:
-        return [plus(*plus({}, 0.0, factor, *linear(a)), k, f[other], 0.0) for factor, k, other in ways[name]]
+    if name in PIECEWISE:
+        sums = []
+        for way in PIECEWISE[name]:
+            form: tuple[dict[Tree, float], float] = {}, 0.0
+            for function, k in way.items():
+                form = plus(*form, k, *linear(make(function, a)))
+            sums.append(form)
+        return sums
     minus_a = a.inputs[0] if is_op(a, 'neg') else make('neg', a)
     mirrored = {make(name, minus_a): 1.0 if name != 'sigmoid' else -1.0}
     return [(mirrored, 1.0) if name == 'sigmoid' else plus(mirrored, 0.0, 1.0, *linear(a))]
@@ -464,7 +479,7 @@ def at_least(a: Tree, b: Tree, clip: Optional[float]) -> bool:
         for name_b, of_b in readings(b):
             if of_a == of_b and name_a in BELOW.get(name_b, '').split():
                 return True
-    return bounds(make('sub', a, b), clip)[0] >= 0
+    return bool((ranges(make('sub', a, b), clip)[0] >= 0).all())
 
 
 def power(tree: Tree) -> tuple[Tree, int]:
