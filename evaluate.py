@@ -26,7 +26,7 @@ import data
 from activation import Activation, named
 from cell import Tabulated, random_expression
 from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, options,
-                    weight_optimizer)
+                    standard_of, weight_optimizer)
 from ops import valid
 
 
@@ -348,7 +348,7 @@ def report(rows: list[dict[str, Any]], against: Optional[str], metric: Optional[
         text.append(f"{model} on {s['data']}, {s['steps']} steps of {s['batch_size'] * s['accumulate']}, lr {s['lr']:g}"
                     f"{', scalars frozen' if s.get('freeze') else ''}{', by table' if s.get('table') else ''}; "
                     f"{len(runs)} runs on {devices}\n\n"
-                    + table(runs, against or STANDARD.get(model, 'relu'), metric or ('loss' if model == 'minigpt' else 'accuracy')))
+                    + table(runs, against or STANDARD.get(model, 'relu'), metric or ('loss' if s['data'].startswith('tinystories') else 'accuracy')))
     return '\n\n'.join(text)
 
 
@@ -500,7 +500,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
         if given.card:
             print(card(resolve(given.card)))
             return
-        reference = resolve(given.against or STANDARD[config.model])
+        reference = resolve(given.against or standard_of(config.model))
         if given.report:
             rows = [row for path in given.report for row in read_ledger(Path(path))]
             if not rows:
@@ -509,7 +509,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
         else:
             if given.random < 0:
                 raise ValueError(f'--random {given.random}: 0 or more')
-            kind = 'text' if config.model == 'minigpt' else 'image'
+            kind = 'text' if config.data.startswith('tinystories') else 'image'
             names = (given.baselines if given.baselines is not None else BASELINES[kind]).split(',')
             names = [name for name in names if name not in ('none', '')] + [f'random_{k}' for k in range(given.random)]
             candidates = {c.name: c for c in [reference, *map(resolve, [*given.activations, *names])]}

@@ -31,7 +31,7 @@ from torch import Tensor
 import data
 from activation import Activation, bend, distance, named
 from cell import NORMALISERS, SAMPLERS, Cell, Site
-from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, options,
+from models import (Training, configure, cross_entropy, learning_rate, network, option, options, standard_of,
                     teacher_and_student, weight_optimizer, within)
 from ops import valid
 
@@ -336,7 +336,7 @@ def score(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, floa
 # The command line.
 
 def new_cell(config: Config) -> Cell:
-    return Cell(config.ops, config.clip, config.sampler, STANDARD[config.model], config.normalise, config.points)
+    return Cell(config.ops, config.clip, config.sampler, standard_of(config.model), config.normalise, config.points)
 
 
 def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Tensor, Tensor], Tensor]]:
@@ -527,7 +527,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 return
         else:
             config, resumed = configure(Config, PRESETS, given), None
-            config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
+            name = Path(config.model).name.replace('.py:', '-')  # of nets/mine.py:make only mine-make
+            config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
             if (Path(config.out) / 'config.json').exists():
                 raise ConfigError(f'{config.out} holds a run already; go on with it by --resume {config.out}, or choose '
                                   f'another --seed or --out')
