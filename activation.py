@@ -676,8 +676,7 @@ The scalars are parameters and learn along. Half precision is computed in float3
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-
+{imports}
 
 class Found(nn.Module):
     """Any shape in, the same shape out."""
@@ -687,8 +686,7 @@ class Found(nn.Module):
 {parameters}
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x if x.dtype == torch.float64 else x.float()
-{lines}
-        return {result}.to(x.dtype)
+{lines}        return {result}.to(x.dtype)
 '''
 
 
@@ -712,8 +710,6 @@ def module_text(tree: Tree, formula: str, clip: Optional[float], note: str) -> s
         if tree == 'x':
             return 'y'
         words = dict(zip('ab', [value(node) for node in tree.inputs]), x='y')
-        if tree in known and tree.scalar is None:
-            return known[tree]
         if tree.scalar is not None:
             name = f'{tree.op.name}_{len(parameters) + 1}'
             parameters.append(f'        self.{name} = nn.Parameter(torch.tensor({tree.scalar!r}))')
@@ -721,14 +717,16 @@ def module_text(tree: Tree, formula: str, clip: Optional[float], note: str) -> s
         code = call_of(tree.op).format(**words)
         if can_clip(tree, clip):
             code = f'({code}).clamp({-clip!r}, {clip!r})' if ' ' in code else f'{code}.clamp({-clip!r}, {clip!r})'
-        known[tree] = f'y{len(lines) + 1}'
-        lines.append(f'        {known[tree]} = {code}')
-        return known[tree]
+        if code not in known:  # the same code is the same value; scalars have names of their own
+            known[code] = f'y{len(lines) + 1}'
+            lines.append(f'        {known[code]} = {code}')
+        return known[code]
 
     result = value(tree)
     clips = f'with clip(y) = max(-{clip:g}, min({clip:g}, y))\n' if 'clip(' in formula else ''
-    return MODULE.format(formula=formula, clip=clips, note=f'\n{note}\n' if note else '', result=result,
-                         parameters=''.join(line + '\n' for line in parameters), lines='\n'.join(lines)).replace('\n\n\n    def', '\n\n    def')
+    imports = 'import torch.nn.functional as F\n' if any('F.' in line for line in lines) else ''
+    return MODULE.format(formula=formula, imports=imports, clip=clips, note=f'\n{note}\n' if note else '', result=result,
+                         parameters=''.join(line + '\n' for line in parameters), lines=''.join(line + '\n' for line in lines)).replace('\n\n\n    def', '\n\n    def')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

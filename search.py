@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import figures
 from activation import Activation, bend, distance, named
 from cell import NORMALISERS, SAMPLERS, Cell, Site
 from models import (Training, configure, cross_entropy, learning_rate, network, option, options, standard_of,
@@ -369,7 +370,8 @@ class Run:
     config.json   the settings, written first
     log.jsonl     one line each 1 % of the steps, and one for each candidate of the run-off
     checkpoint.pt everything needed to go on (--resume), replaced every minute
-    activation.json   the result, written last
+    activation.py     the result as a module of its own
+    activation.json   the result; after it only search.png and search.gif
     """
 
     def __init__(self, config: Config, cell: Cell, resumed: Optional[dict] = None):
@@ -444,8 +446,8 @@ class Run:
             print(line, flush=True)
             self.printed = time.monotonic()
 
-    def finish(self, found: Activation, validation: dict[str, float]) -> None:
-        """Write activation.json and say what was found, where it is, and what to run next."""
+    def finish(self, found: Activation, validation: dict[str, float], plot: bool = True) -> None:
+        """Write activation.json and say what was found, where it is, and what to run next. plot: draw it as well."""
         self.log.close()
         config, folder = self.config, self.folder
         result = {'expression': found.expression, 'clip': found.clip, 'formula': found.formula,
@@ -463,14 +465,31 @@ class Run:
             result['planted'] = {'teacher': config.teacher, 'distance': distance(found.double(), named(config.teacher))}
             lines.append(f"planted:     {named(config.teacher).formula}, RMS difference "
                          f"{100 * result['planted']['distance']:.2f} % of its standard deviation")
+        short = found.float().simplified()
+        result.update(simplified=short.expression, formula=short.formula, latex=short.latex)
+        module = write_module(folder, config, short)
         write_json(folder / 'activation.json', result)
+        pictures = figures.draw(folder) if plot else f'python search.py --plot {folder}'
         scores = ', '.join(f'{key} {value:.4f}' for key, value in validation.items())
-        clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in found.formula else ''
+        clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in short.formula else ''
         print('\n' * self.terminal + '\n'.join([
-            '', f'    f(x) = {found.formula}{clipped}', '',
+            '', f'    f(x) = {short.formula}{clipped}', '',
+            *([figures.text_plot(short, named(standard_of(config.model))), ''] if plot else []),
             f'validation:  {scores}   ({clock(self.elapsed())} in all)', *lines,
-            f'files:       {folder}/activation.json, log.jsonl, checkpoint.pt',
+            f'files:       {folder}/activation.json, {module}, log.jsonl, checkpoint.pt', f'pictures:    {pictures}',
             f'next:        python evaluate.py {folder} --model {config.model}   # retrain it and compare']))
+
+
+def write_module(folder: Path, config: Config, found: Activation) -> str:
+    """Write the function as activation.py, a file of its own; its name, or why there is none."""
+    clip = 'none' if config.clip is None else f'{config.clip:g}'
+    note = (f'Found by search.py --model {config.model} --data {config.data} --seed {config.seed} --steps {config.steps} '
+            f'--clip {clip}\nas {found.expression}')
+    try:
+        (folder / 'activation.py').write_text(found.module(note), encoding='utf-8')
+    except ValueError as error:  # an operation that was added without a line in CODE
+        return f'no activation.py ({error})'
+    return 'activation.py'
 
 
 def clock(seconds: float) -> str:
@@ -517,9 +536,14 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, Optional[dict[s
 def main(arguments: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, exactly')
+    parser.add_argument('--plot', metavar='RUN', help='draw search.png and search.gif of a run, also while it goes on; search nothing')
+    parser.add_argument('--no-plot', action='store_true', help='neither the plot in the terminal nor the pictures at the end')
     run = None
     try:
         given, other = options(Config, parser, arguments)
+        if other.plot:
+            print(figures.draw(Path(other.plot)))
+            return
         if other.resume:
             config, resumed = resume(Path(other.resume), given)
             if (Path(config.out) / 'activation.json').exists():
@@ -543,7 +567,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
               f'{run.cell.sites} sites) on {config.data}, {config.steps} steps on {config.device}; run folder {config.out}',
               flush=True)
         found, validation = search(model, train_batches, val_batches, loss, config, run.report, resumed)
-        run.finish(found, validation)
+        run.finish(found, validation, not other.no_plot)
     except KeyboardInterrupt:
         where = f'; go on with: python search.py --resume {run.folder}' if run else ''
         print(f'\nstopped{where}', file=sys.stderr)
