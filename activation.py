@@ -248,7 +248,8 @@ def mathematics(tree: Tree, clip: Optional[float], latex: bool = False) -> str:
     return text(tree)[0]
 
 
-LATEX = {'sigmoid': r'\sigma', 'relu': r'\operatorname{{ReLU}}', '*': r'\cdot', '+-': r'\pm', '(': r'\left(', ')': r'\right)',
+LATEX = {'sigmoid': r'\sigma', 'relu': r'\operatorname{{ReLU}}', '*': r'\cdot', '+-': r'\pm', '(': r'\left(',
+         ')': r'\right)',
          **{name: '\\' + name for name in ('exp', 'sinh', 'cosh', 'tanh', 'sin', 'cos', 'max', 'min', 'log')}}
 
 
@@ -307,8 +308,8 @@ def value_of(tree: Tree) -> Optional[float]:
 
 
 # Ranges are proved piece by piece of the real line: interval arithmetic is sharp where the pieces are short.
-EDGES = torch.tensor([-math.inf, -100, -30, *range(-16, -6), *(k / 8 for k in range(-48, 49)), *range(7, 17), 30, 100, math.inf],
-                     dtype=torch.float64)
+EDGES = torch.tensor([-math.inf, -100, -30, *range(-16, -6), *(k / 8 for k in range(-48, 49)), *range(7, 17), 30, 100,
+                      math.inf], dtype=torch.float64)
 
 
 @functools.lru_cache(20_000)
@@ -328,7 +329,8 @@ def ranges(tree: Tree, clip: Optional[float]) -> tuple[Tensor, Tensor]:
         return low.nan_to_num(-math.inf, math.inf, -math.inf), high.nan_to_num(math.inf, math.inf, -math.inf)
 
     def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        ends = torch.stack([(u * v).nan_to_num(0.0, math.inf, -math.inf) for u in a for v in b])  # subtle: 0 * inf is 0 here
+        # subtle: 0 * inf is 0 here
+        ends = torch.stack([(u * v).nan_to_num(0.0, math.inf, -math.inf) for u in a for v in b])
         return ends.amin(0), ends.amax(0)
 
     limit = clip if op.clips and clip is not None else math.inf
@@ -474,7 +476,8 @@ def at_least(a: Tree, b: Tree, clip: Optional[float]) -> bool:
     if a == b or is_op(a, 'max') and b in a.inputs or is_op(b, 'min') and a in b.inputs:
         return True
     def readings(tree: Tree) -> list[tuple[str, Tree]]:
-        return [('identity', tree)] + ([(tree.op.name, tree.inputs[0])] if tree != 'x' and len(tree.inputs) == 1 else [])
+        unary = tree != 'x' and len(tree.inputs) == 1
+        return [('identity', tree)] + ([(tree.op.name, tree.inputs[0])] if unary else [])
     for name_a, of_a in readings(a):
         for name_b, of_b in readings(b):
             if of_a == of_b and name_a in BELOW.get(name_b, '').split():
@@ -657,7 +660,8 @@ def shortest(tree: Tree, clip: Optional[float]) -> Tree:
 
 # How an operation is written where it is not simply a function of torch: {a}, {b} inputs, {p} the scalar, {x} the input.
 CODE = {
-    'neg': '-{a}', 'cube': '{a} * {a} * {a}', 'bias': '{a} + {p}', 'scale': '{p} * {a}', 'const': 'torch.zeros_like({x}) + {p}',
+    'neg': '-{a}', 'cube': '{a} * {a} * {a}', 'bias': '{a} + {p}', 'scale': '{p} * {a}',
+    'const': 'torch.zeros_like({x}) + {p}',
     'sqrt': 'torch.where({a} > 1e-8, torch.sqrt({a}.clamp(min=1e-8)), torch.zeros_like({a}))',
     'exp': 'torch.exp({a}.clamp(max=80.0))', 'sinh': 'torch.sinh({a}.clamp(-80.0, 80.0))',
     'cosh': 'torch.cosh({a}.clamp(-80.0, 80.0))', 'min0': '{a}.clamp(max=0.0)', 'add': '{a} + {b}', 'sub': '{a} - {b}',
@@ -712,21 +716,21 @@ def module_text(tree: Tree, formula: str, clip: Optional[float], note: str) -> s
         words = dict(zip('ab', [value(node) for node in tree.inputs]), x='y')
         if tree.scalar is not None:
             name = f'{tree.op.name}_{len(parameters) + 1}'
-            parameters.append(f'        self.{name} = nn.Parameter(torch.tensor({tree.scalar!r}))')
+            parameters.append(f'        self.{name} = nn.Parameter(torch.tensor({tree.scalar!r}))\n')
             words['p'] = f'self.{name}.to(y.dtype)'
         code = call_of(tree.op).format(**words)
         if can_clip(tree, clip):
             code = f'({code}).clamp({-clip!r}, {clip!r})' if ' ' in code else f'{code}.clamp({-clip!r}, {clip!r})'
         if code not in known:  # the same code is the same value; scalars have names of their own
             known[code] = f'y{len(lines) + 1}'
-            lines.append(f'        {known[code]} = {code}')
+            lines.append(f'        {known[code]} = {code}\n')
         return known[code]
 
     result = value(tree)
     clips = f'with clip(y) = max(-{clip:g}, min({clip:g}, y))\n' if 'clip(' in formula else ''
     imports = 'import torch.nn.functional as F\n' if any('F.' in line for line in lines) else ''
     return MODULE.format(formula=formula, imports=imports, clip=clips, note=f'\n{note}\n' if note else '', result=result,
-                         parameters=''.join(line + '\n' for line in parameters), lines=''.join(line + '\n' for line in lines)).replace('\n\n\n    def', '\n\n    def')
+                         parameters=''.join(parameters), lines=''.join(lines))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pictures, all of them, and the only file that knows matplotlib. It is optional: without it one line says what to install.
+"""Pictures, all of them. Only this file knows matplotlib, which is optional: without it one line says what to install.
 
     draw('runs/toy-teacher-seed0')      search.png and search.gif of a run, also while it is going on
     evaluation(rows, ...)               functions, seeds and curves of a ledger
@@ -123,7 +123,8 @@ def search_picture(plt: Any, config: dict[str, Any], rows: list[dict[str, Any]],
     figure = plt.figure(figsize=(12, 11), layout='constrained')
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 2))
     formula = found.simplified().formula if found else f"{rows[-1]['operations']} operations left at step {steps[-1]}"
-    title = f"{Path(config['model']).name} on {config['data']}, seed {config['seed']}:  {'f(x) = ' if found else ''}{formula}"
+    where = f"{Path(config['model']).name} on {config['data']}, seed {config['seed']}"
+    title = f"{where}:  {'f(x) = ' if found else ''}{formula}"
     figure.suptitle(title, fontsize=fitting(title, 95))
 
     axis, losses = above.subplots(1, 2)
@@ -169,7 +170,8 @@ def search_picture(plt: Any, config: dict[str, Any], rows: list[dict[str, Any]],
     plt.close(figure)
 
 
-PLACES = {'U0': 'U0 (x)', 'U1': 'U1 (x)', 'B0': 'B0 (U0, U1)', 'U2': 'U2 (B0)', 'U3': 'U3 (x)', 'B1': 'B1 (U2, U3), the output'}
+PLACES = {'U0': 'U0 (x)', 'U1': 'U1 (x)', 'B0': 'B0 (U0, U1)', 'U2': 'U2 (B0)', 'U3': 'U3 (x)',
+          'B1': 'B1 (U2, U3), the output'}
 
 
 def choice_panel(axis: Any, choice: str, steps: list[int], weights: dict[str, list[float]]) -> None:
@@ -194,7 +196,8 @@ def choice_panel(axis: Any, choice: str, steps: list[int], weights: dict[str, li
     axis.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1], ['0.02', '0.05', '0.1', '0.2', '0.5', '1'])
     axis.minorticks_off()
     handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], labels[::-1], fontsize=11, loc='upper left', handlelength=1.6, borderpad=0.3, labelspacing=0.25)
+    axis.legend(handles[::-1], labels[::-1], fontsize=11, loc='upper left', handlelength=1.6, borderpad=0.3,
+                labelspacing=0.25)
 
 
 def search_film(plt: Any, config: dict[str, Any], rows: list[dict[str, Any]], found: Optional[Activation],
@@ -205,7 +208,8 @@ def search_film(plt: Any, config: dict[str, Any], rows: list[dict[str, Any]], fo
     frames = frames if frames[-1] is rows[-1] else [*frames, rows[-1]]
     figure, axis = plt.subplots(figsize=(6, 4.2), layout='constrained')
     x = torch.linspace(-4, 4, len(rows[0]['curve'])).tolist()
-    axis.plot(*values(standard), color='0.5', linestyle='--', linewidth=2, label=f'{standard.expression[:-3]}, the standard')
+    axis.plot(*values(standard), color='0.5', linestyle='--', linewidth=2,
+              label=f'{standard.expression[:-3]}, the standard')
     curve, = axis.plot(x, frames[0]['curve'], color='#0072B2', linewidth=3, label='relaxed function')
     axis.set(xlabel='input x', ylabel='output', xlim=(-4, 4),
              ylim=window([row['curve'] for row in frames] + [values(f)[1] for f in (standard, found) if f]))
@@ -265,7 +269,8 @@ def evaluation(rows: list[dict[str, Any]], reference: str, folder: Path) -> str:
     if plt is None:
         return MISSING
     names = list(dict.fromkeys(row['name'] for row in rows))[:10]
-    look = {name: dict(color=COLOURS[k % 7], linestyle=STYLES[k % 4], marker='osv^Dx+*<>'[k]) for k, name in enumerate(names)}
+    look = {name: dict(color=COLOURS[k % 7], linestyle=STYLES[k % 4], marker='osv^Dx+*<>'[k])
+            for k, name in enumerate(names)}
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(figure: Any, name: str) -> None:

@@ -209,7 +209,8 @@ def teacher_and_student(planted: MakeActivation, searched: MakeActivation, input
 # Networks of other people.
 
 # The hidden activations that `--model file.py:function` swaps, by the names that expressions use.
-SWAPPED: dict[str, type[nn.Module]] = {'relu': nn.ReLU, 'leaky_relu': nn.LeakyReLU, 'elu': nn.ELU, 'silu': nn.SiLU, 'gelu': nn.GELU}
+SWAPPED: dict[str, type[nn.Module]] = {'relu': nn.ReLU, 'leaky_relu': nn.LeakyReLU, 'elu': nn.ELU, 'silu': nn.SiLU,
+                                       'gelu': nn.GELU}
 
 
 def swap(model: nn.Module, kind: Union[type[nn.Module], tuple[type[nn.Module], ...]], make: MakeActivation) -> int:
@@ -273,7 +274,7 @@ def functional_uses(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> lis
             if cls in seen or cls.__module__.startswith('torch.'):
                 continue
             seen.add(cls)
-            for method in filter(inspect.isfunction, vars(cls).values()):
+            for method in (m for name, m in vars(cls).items() if inspect.isfunction(m) and name != '__init__'):
                 try:
                     lines, first = inspect.getsourcelines(method)
                     tree = ast.parse(textwrap.dedent(''.join(lines)))
@@ -281,7 +282,7 @@ def functional_uses(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> lis
                     continue  # typed into a console, or compiled
                 file = Path(method.__code__.co_filename).name
                 uses += [f'{file}, line {first + node.lineno - 1}: {ast.unparse(node.func)}(...)' for node in ast.walk(tree)
-                         if isinstance(node, ast.Call) and method.__name__ != '__init__' and is_use(node, method.__globals__)]
+                         if isinstance(node, ast.Call) and is_use(node, method.__globals__)]
     return uses
 
 
@@ -308,8 +309,9 @@ def own_function(place: str) -> Callable[[], nn.Module]:
     except Exception as error:
         raise ValueError(f'--model {place}: {path} fails when it is imported: {one_line(error)}') from None
     if not callable(getattr(module, name, None)):
-        names = [key for key, value in vars(module).items() if callable(value) and getattr(value, '__module__', '') == spec.name]
-        raise ValueError(f"--model {place}: {path} has no function {name}{nearest(name, names)}; it has: {', '.join(names) or 'none'}")
+        names = [key for key, value in vars(module).items() if inspect.isroutine(value) and value.__module__ == spec.name]
+        raise ValueError(f"--model {place}: {path} has no function {name}{nearest(name, names)}; "
+                         f"it has: {', '.join(names) or 'none'}")
     return getattr(module, name)
 
 

@@ -536,7 +536,7 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, Optional[dict[s
 def main(arguments: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, exactly')
-    parser.add_argument('--plot', metavar='RUN', help='draw search.png and search.gif of a run, also while it goes on; search nothing')
+    parser.add_argument('--plot', metavar='RUN', help='draw search.png and search.gif of a run, finished or going on')
     parser.add_argument('--no-plot', action='store_true', help='neither the plot in the terminal nor the pictures at the end')
     run = None
     try:

@@ -2,8 +2,6 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import activation
-from activation import NAMED, Activation, ExpressionError, bend, distance, gallery, length, named, parse, ranges, with_values
+from activation import NAMED, Activation, ExpressionError, distance, gallery, length, named, parse, ranges, with_values
 from cell import random_expression
 from ops import ALL, BINARY_NAMES, CLIP
 
