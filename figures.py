@@ -280,7 +280,7 @@ def evaluation(rows: list[dict[str, Any]], reference: str, folder: Path) -> str:
         plt.close(figure)
 
     x = torch.linspace(-4, 4, 801, dtype=torch.float64, requires_grad=True)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.9))
     for name in names:
         row = next(row for row in rows if row['name'] == name)
         y = Activation(row['expression'], row['clip']).double()(x)
@@ -293,7 +293,7 @@ def evaluation(rows: list[dict[str, Any]], reference: str, folder: Path) -> str:
     axes[0].legend(fontsize=9)
     save(figure, 'functions')
 
-    figure, axis = plt.subplots(figsize=(8, 4.5))
+    figure, axis = plt.subplots(figsize=(6.5, 3.9))
     for name in names:
         points = sorted((row['seed'], row['test_loss']) for row in rows if row['name'] == name and not row['diverged'])
         axis.plot(*zip(*points) if points else ([], []), label=name, **look[name], markersize=5)
@@ -302,12 +302,12 @@ def evaluation(rows: list[dict[str, Any]], reference: str, folder: Path) -> str:
     axis.legend(fontsize=9)
     save(figure, 'seeds')
 
-    figure, axis = plt.subplots(figsize=(8, 4.5))
+    figure, axis = plt.subplots(figsize=(6.5, 3.9))
     for name in names:
         curves = [row['curve'] for row in rows if row['name'] == name and not row['diverged']]
         means = [(points[0][0], statistics.fmean(p[1] for p in points)) for points in zip(*curves)]
         axis.plot(*zip(*means) if means else ([], []), label=name, **look[name], markersize=4, markevery=4)
-    axis.set(xlabel='step', ylabel='training loss (nats), mean over seeds', yscale='log')
+    axis.set(xlabel='step', ylabel='training loss, mean over seeds (nats)')
     axis.legend(fontsize=9)
     save(figure, 'curves')
     return f'figures: {folder}/functions, seeds, curves (.png and .svg), {reference} is the reference'

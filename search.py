@@ -469,15 +469,16 @@ class Run:
         result.update(simplified=short.expression, formula=short.formula, latex=short.latex)
         module = write_module(folder, config, short)
         write_json(folder / 'activation.json', result)
-        pictures = figures.draw(folder) if plot else f'python search.py --plot {folder}'
         scores = ', '.join(f'{key} {value:.4f}' for key, value in validation.items())
         clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in short.formula else ''
         print('\n' * self.terminal + '\n'.join([
             '', f'    f(x) = {short.formula}{clipped}', '',
             *([figures.text_plot(short, named(standard_of(config.model))), ''] if plot else []),
             f'validation:  {scores}   ({clock(self.elapsed())} in all)', *lines,
-            f'files:       {folder}/activation.json, {module}, log.jsonl, checkpoint.pt', f'pictures:    {pictures}',
-            f'next:        python evaluate.py {folder} --model {config.model}   # retrain it and compare']))
+            f'files:       {folder}/activation.json, {module}, log.jsonl, checkpoint.pt',
+            f'next:        python evaluate.py {folder} --model {config.model}   # retrain it and compare']), flush=True)
+        if plot:
+            print(f'pictures:    {figures.draw(folder)}')  # last: it takes seconds, and all else is safe by now
 
 
 def write_module(folder: Path, config: Config, found: Activation) -> str:

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import activation
+import evaluate
 from activation import NAMED, Activation, ExpressionError, distance, gallery, length, named, parse, ranges, with_values
 from cell import random_expression
 from ops import ALL, BINARY_NAMES, CLIP
+
 
 @pytest.mark.parametrize('text, formula', [
     ('mul(sigmoid(gelu(x)), elu(x))', 'clip(sigmoid(gelu(x)) * elu(x))'),
@@ -335,7 +337,6 @@ ENTRY = {'expression': 'mul(relu(x), x)', 'clip': 5.0, 'model': 'minigpt', 'data
 def test_gallery(tmp_path, monkeypatch):
     """A name of the gallery is a function like any other, known ones come first, and none is no error."""
     path = tmp_path / 'gallery.json'
-    monkeypatch.setattr(activation, 'GALLERY', path)
     monkeypatch.setattr(gallery, '__defaults__', (path,))
     assert gallery() == {}
     path.write_text(json.dumps({'bumps': ENTRY, 'gelu': ENTRY}))
@@ -344,6 +345,19 @@ def test_gallery(tmp_path, monkeypatch):
     assert named('gelu').expression == 'gelu(x)'
     with pytest.raises(ExpressionError, match='did you mean bumps'):
         named('bmps')
+
+
+def test_evaluate_takes_names_of_the_gallery(tmp_path, monkeypatch):
+    """With its clip, and with where it was found, so that the table can say so; expressions are not looked up."""
+    path = tmp_path / 'gallery.json'
+    path.write_text(json.dumps({'bumps-2': ENTRY}))
+    monkeypatch.setattr(gallery, '__defaults__', (path,))
+    candidate = evaluate.resolve('bumps-2')
+    assert (candidate.name, candidate.activation.clip, candidate.searched) == ('bumps-2', 5.0, 'minigpt/tinystories_sample')
+    path.write_text('{')
+    assert evaluate.resolve('gelu').searched == '' and evaluate.resolve('mul(x, x)').activation.clip == CLIP
+    with pytest.raises(ValueError, match='cannot read the gallery'):
+        evaluate.resolve('bumps-2')
 
 
 @pytest.mark.parametrize('text, word', [
