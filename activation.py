@@ -333,6 +333,9 @@ def ranges(tree: Tree, clip: Optional[float]) -> tuple[Tensor, Tensor]:
         ends = torch.stack([(u * v).nan_to_num(0.0, math.inf, -math.inf) for u in a for v in b])
         return ends.amin(0), ends.amax(0)
 
+    if inputs and all(torch.equal(low, high) for low, high in inputs):  # constants: any operation, also one of your own
+        scalar = None if tree.scalar is None else torch.tensor(tree.scalar, dtype=torch.float64)
+        return (op(*(low for low, _ in inputs), scalar=scalar, clip=clip),) * 2
     limit = clip if op.clips and clip is not None else math.inf
     (low, high), other = inputs[0], inputs[-1]
     if op.name in RISING:
@@ -482,7 +485,23 @@ def at_least(a: Tree, b: Tree, clip: Optional[float]) -> bool:
         for name_b, of_b in readings(b):
             if of_a == of_b and name_a in BELOW.get(name_b, '').split():
                 return True
+    if is_op(a, 'abs') and a.inputs[0] in larger(b, clip):
+        return True
+    if is_op(b, 'neg') and is_op(b.inputs[0], 'abs') and b.inputs[0].inputs[0] in larger(a, clip):
+        return True
     return bool((ranges(make('sub', a, b), clip)[0] >= 0).all())
+
+
+def larger(tree: Tree, clip: Optional[float]) -> list[Tree]:
+    """Trees s, the tree itself among them, such that |tree| <= |s| for every x."""
+    found = [tree]
+    if is_op(tree, 'tanh', 'asinh', 'atan', 'sin', 'leaky_relu', 'silu', 'gelu', 'elu', 'relu', 'min0', 'abs', 'neg', 'gate'):
+        found += larger(tree.inputs[-1], clip)
+    if is_op(tree, 'mul'):
+        for small, other in (tree.inputs, tree.inputs[::-1]):
+            if max(map(abs, bounds(small, clip))) <= 1:
+                found += larger(other, clip)
+    return found
 
 
 def power(tree: Tree) -> tuple[Tree, int]:

@@ -174,7 +174,8 @@ def test_simplified_deeper_expressions(text, clip):
     ('add(x, silu(neg(x)))', 'silu(x)'), ('max(silu(x), relu(x))', 'relu(x)'), ('min(tanh(x), softplus(abs(x)))', 'tanh(x)'),
     ('sub(add(x, tanh(x)), x)', 'tanh(x)'), ('mul(relu(x), x)', 'square(relu(x))'), ('mul(neg(x), neg(tanh(x)))', 'mul(x, tanh(x))'),
     ('max(sigmoid(x), const(-0.1))', 'sigmoid(x)'), ('leaky_relu(sigmoid(x))', 'sigmoid(x)'), ('sqrt(relu(x))', 'sqrt(x)'),
-    ('mul(min0(x), sqrt(x))', 'const(0)'), ('mix(x, bias(x, 1), 0)', 'bias(x, 0.5)')])
+    ('mul(min0(x), sqrt(x))', 'const(0)'), ('max(abs(x), abs(leaky_relu(x)))', 'abs(x)'),
+    ('max(abs(x), mul(sigmoid(relu(x)), gelu(x)))', 'abs(x)'), ('min(neg(abs(x)), silu(x))', 'neg(abs(x))'), ('mix(x, bias(x, 1), 0)', 'bias(x, 0.5)')])
 def test_shortest(text, short):
     """One example a rule: what it must become, word for word."""
     assert Activation(text).simplified().expression == short
