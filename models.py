@@ -205,6 +205,11 @@ def teacher_and_student(planted: MakeActivation, searched: MakeActivation, input
         teacher.first.weight.copy_(F.normalize(torch.randn(hidden, inputs), dim=1))
         teacher.first.bias.zero_()
         teacher.last.weight.normal_()
+        teacher.last.bias.zero_()
+        # Targets of mean 0 and variance 1: then one set of learning rates suits all planted functions.
+        y = teacher(torch.randn(8192, inputs))
+        teacher.last.bias.copy_(-y.mean() / y.std().clamp(min=1e-6))
+        teacher.last.weight.div_(y.std().clamp(min=1e-6))
     student.first.load_state_dict(teacher.first.state_dict())
     student.first.requires_grad_(False)
     return teacher.eval().requires_grad_(False), student
