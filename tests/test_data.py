@@ -106,7 +106,8 @@ def test_svhn(tmp_path):
     scipy_io = pytest.importorskip('scipy.io')
     for part, n in ('train', 3), ('test', 2):
         x = [[[[pixel(k, c, i, j) for k in range(n)] for c in range(3)] for j in range(32)] for i in range(32)]
-        scipy_io.savemat(tmp_path / f'{part}_32x32.mat', {'X': np.array(x, np.uint8), 'y': np.array([[10], [1], [9]][:n], np.uint8)})
+        y = [[10], [1], [9]][:n]
+        scipy_io.savemat(tmp_path / f'{part}_32x32.mat', {'X': np.array(x, np.uint8), 'y': np.array(y, np.uint8)})
     dataset = load('svhn', str(tmp_path))
     assert dataset.train[1].tolist() == [0, 1, 9] and dataset.train[0].shape == (3, 3, 32, 32) and not dataset.mirror
     for k, c, i, j in (0, 0, 1, 2), (2, 1, 31, 0), (1, 2, 4, 30):
@@ -134,7 +135,7 @@ def test_tinystories_in_two_files(tmp_path):
 
 
 def test_tinystories_in_one_file(tmp_path):
-    """The last twentieth is the test text, cut between two stories: none is lost, none is in both, no marker is left."""
+    """The last twentieth is the test text, cut between two stories: none is lost or in both, no marker is left."""
     (tmp_path / 'TinyStories.txt').write_bytes(text_of(STORIES))
     dataset = load('tinystories', str(tmp_path))
     train, test = decoded(dataset.train), decoded(dataset.test)
@@ -314,7 +315,7 @@ def test_validation_is_never_augmented():
 
 
 def variants(image: torch.Tensor, mirror: bool) -> dict[tuple[int, int, bool], bytes]:
-    """All that augmentation may make of one image, by loops: shifts of up to an eighth, zeros outside, mirrored or not."""
+    """All that augmentation may make of one image, by loops: shifts up to an eighth, zeros outside, mirrored or not."""
     channels, side, _ = image.shape
     pad, found = side // 8, {}
     for down in range(-pad, pad + 1):

@@ -21,7 +21,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """What the path says: good, truncated, missing, slow (until the server's event is set), or compressed on the way."""
+    """What the path says: good, truncated, missing, slow (until the test says go on), or compressed on the way."""
 
     def do_GET(self):
         self.server.requests.append(self.path)

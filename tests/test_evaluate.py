@@ -73,7 +73,8 @@ def test_random_cells_are_the_same_everywhere():
 
 
 @pytest.mark.parametrize('text, words', [
-    ('gulu', ['gulu', 'did you mean gelu']), ('mul(sigmoid(x), y)', ['y']), ('mul(sigmod(x), x)', ['did you mean sigmoid']),
+    ('gulu', ['gulu', 'did you mean gelu']), ('mul(sigmoid(x), y)', ['y']),
+    ('mul(sigmod(x), x)', ['did you mean sigmoid']),
     ('runs/nowhere', ['runs/nowhere', 'No such file']), ('nowhere.json', ['nowhere.json', 'No such file']),
     ('broken.json', ['broken.json', 'not an activation.json']), ('empty', ['empty/activation.json', 'No such file']),
     ('lacking.json', ["lacks 'clip'"]), ('hostile.json', ['hostile.json', 'unexpected']), ('', ['the end'])])
@@ -93,10 +94,12 @@ def test_wrong_names(text, words, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    ('--model toys', ['did you mean toy']), ('--data cifar10_61', ['did you mean cifar10_16']), ('--preset laptob', ['laptop']),
-    ('--baselines relu,gulu', ['did you mean gelu']), ('--against gulu', ['did you mean gelu']), ('--seeds 0', ["--seeds '0'"]),
+    ('--model toys', ['did you mean toy']), ('--data cifar10_61', ['did you mean cifar10_16']),
+    ('--preset laptob', ['did you mean laptop']), ('--baselines relu,gulu', ['did you mean gelu']),
+    ('--against gulu', ['did you mean gelu']), ('--seeds 0', ["--seeds '0'"]),
     ('--seeds 5:3', ["--seeds '5:3'"]), ('--random -1', ['--random -1']), ('--metric los', ['loss', 'accuracy']),
-    ('--report nowhere.jsonl', ['nowhere.jsonl', 'no such file']), ('--card gulu', ['did you mean gelu']), ('--steps 0', ['--steps 0'])])
+    ('--report nowhere.jsonl', ['nowhere.jsonl', 'no such file']), ('--card gulu', ['did you mean gelu']),
+    ('--steps 0', ['--steps 0'])])
 def test_wrong_input(arguments, words, tmp_path, monkeypatch, capsys):
     """As in search.py."""
     monkeypatch.chdir(tmp_path)
@@ -135,8 +138,8 @@ def test_wrong_seeds(text):
 
 def run(ledger, *words):
     """An evaluation of the toy network, 12 steps a run; the rows of its ledger."""
-    evaluate.main([str(word) for word in ('--model', 'toy', '--steps', 12, '--batch-size', 32, '--device', 'cpu', '--out', ledger,
-                                          '--baselines', 'none', '--seeds', 2, *words)])
+    settings = ('--model', 'toy', '--steps', 12, '--batch-size', 32, '--device', 'cpu', '--baselines', 'none', '--seeds', 2)
+    evaluate.main([str(word) for word in (*settings, '--out', ledger, *words)])
     return rows_of(ledger)
 
 
@@ -152,7 +155,8 @@ def test_pairing(tmp_path):
     """One function under three names: differences are exactly 0, so seeds, weights and batches are the same."""
     rows = run(tmp_path / 'ledger', 'relu', 'relu(identity(x))', 'left(relu(x), tanh(x))', 'silu')
     for seed in 0, 1:
-        mine = {row['name']: (row['test_loss'], row['test_accuracy'], row['curve']) for row in rows if row['seed'] == seed}
+        mine = {row['name']: [row[key] for key in ('test_loss', 'test_accuracy', 'curve')] for row in rows
+                if row['seed'] == seed}
         assert mine['relu'] == mine['relu(identity(x))'] == mine['left(relu(x),tanh(x))'] != mine['silu']
     printed = evaluate.report(rows, 'relu', 'loss')
     line = next(line for line in printed.splitlines() if 'relu(identity(x))' in line)
@@ -164,16 +168,17 @@ def test_pairing_of_a_language_model(tmp_path, monkeypatch):
     text = data.load('tinystories_sample')
     text.test = text.test[:1000]
     monkeypatch.setattr(data, 'load', lambda *words: text)
-    rows = run(tmp_path / 'ledger', 'gelu(identity(x))', '--model', 'minigpt', '--steps', 3, '--context', 16, '--batch-size', 2,
-               '--dropout', 0.2, '--seeds', 1)
+    rows = run(tmp_path / 'ledger', 'gelu(identity(x))', '--model', 'minigpt', '--steps', 3, '--context', 16,
+               '--batch-size', 2, '--dropout', 0.2, '--seeds', 1)
     one, two = rows
     assert (one['name'], two['name']) == ('gelu', 'gelu(identity(x))')
-    assert one['test_loss'] == two['test_loss'] and one['curve'] == two['curve'] and one['settings']['data'] == 'tinystories_sample'
+    assert one['test_loss'] == two['test_loss'] and one['curve'] == two['curve']
+    assert one['settings']['data'] == 'tinystories_sample'
 
 
 def test_one_run_against_a_loop_written_out(tmp_path):
     """Twelve steps of the toy network trained here, plainly: the ledger holds this loss, after the last step."""
-    row = run(tmp_path / 'ledger', '--seeds', '4:5', '--lr', 0.01, '--lr-end', 1, '--grad-clip', 0, '--weight-decay', 0)[0]
+    row, = run(tmp_path / 'ledger', '--seeds', '4:5', '--lr', 0.01, '--lr-end', 1, '--grad-clip', 0, '--weight-decay', 0)
     dataset = data.load('cifar10_16')
     torch.manual_seed(4)
     model = models.build('toy', torch.nn.ReLU, inputs=768, outputs=10)
@@ -188,7 +193,8 @@ def test_one_run_against_a_loop_written_out(tmp_path):
     mean, std = data.normal(dataset, 'cpu')
     output = model((dataset.test[0] - mean) / std)
     assert row['test_loss'] == pytest.approx(F.cross_entropy(output, dataset.test[1]).item(), rel=1e-4)
-    assert row['test_accuracy'] == pytest.approx((output.argmax(1) == dataset.test[1]).float().mean().item(), abs=0.0021)
+    accuracy = (output.argmax(1) == dataset.test[1]).float().mean().item()
+    assert row['test_accuracy'] == pytest.approx(accuracy, abs=0.0021)
     assert row['train_loss'] == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -217,10 +223,10 @@ def test_the_test_uses_the_network_as_it_will_be_used():
 def test_what_a_row_holds(tmp_path, run_folder):
     """All that is needed to read it years later."""
     row = run(tmp_path / 'ledger', run_folder)[1]
-    assert {'name', 'expression', 'clip', 'searched', 'seed', 'settings', 'test_loss', 'test_accuracy', 'train_loss', 'diverged',
-            'learned', 'curve', 'seconds', 'ms_step', 'mb_kept', 'python', 'torch', 'device', 'threads'} <= set(row)
-    assert {'model', 'data', 'preset', 'steps', 'lr', 'batch_size'} <= set(row['settings']) and row['searched'] == 'toy/teacher'
-    assert len(row['curve']) == 12 and row['clip'] == 5.0 and row['mb_kept'] > 0
+    assert {'name', 'expression', 'clip', 'searched', 'seed', 'settings', 'test_loss', 'test_accuracy', 'train_loss',
+            'diverged', 'learned', 'curve', 'seconds', 'ms_step', 'mb_kept', 'python', 'torch', 'device', 'threads'} <= set(row)
+    assert {'model', 'data', 'preset', 'steps', 'lr', 'batch_size'} <= set(row['settings'])
+    assert row['searched'] == 'toy/teacher' and len(row['curve']) == 12 and row['clip'] == 5.0 and row['mb_kept'] > 0
 
 
 def test_learned_scalars_are_trained_on_or_frozen(tmp_path, run_folder):
@@ -251,7 +257,8 @@ def test_diverged_runs_are_counted(tmp_path, capsys):
     finite = [{**row, 'diverged': False, 'test_loss': 1.0 + row['seed'], 'test_accuracy': 0.5, 'train_loss': 1.0}
               for row in rows if row['name'] == 'relu']
     printed = evaluate.report(finite + clipped, 'relu', 'loss')
-    line = [cell.strip() for cell in next(line for line in printed.splitlines() if line.startswith('| square')).split('|')]
+    line = next(line for line in printed.splitlines() if line.startswith('| square'))
+    line = [cell.strip() for cell in line.split('|')]
     assert line[2:9] == ['2', '-', '-', '-', '0/0', 'worse: 2 diverged', '-'] and line[-2] == '2'
 
 
@@ -260,7 +267,8 @@ def test_transfer_is_labelled(tmp_path, run_folder, capsys):
     run(tmp_path / 'ledger', run_folder, '--seeds', 1)
     printed = capsys.readouterr().out
     assert '| toy-teacher-seed0 (found on toy/teacher) ' in printed and printed.count('found on') == 1
-    (run_folder / 'activation.json').write_text(json.dumps({'expression': 'tanh(x)', 'clip': 5.0, 'model': 'toy', 'data': 'cifar10_16'}))
+    here = {'expression': 'tanh(x)', 'clip': 5.0, 'model': 'toy', 'data': 'cifar10_16'}
+    (run_folder / 'activation.json').write_text(json.dumps(here))
     run(tmp_path / 'other', run_folder, '--seeds', 1)
     assert 'found on' not in capsys.readouterr().out
 
@@ -284,8 +292,8 @@ def test_metric_and_reference(tmp_path, capsys):
 def test_baselines_and_random_cells(tmp_path, monkeypatch, capsys):
     """Added under the same settings: the usual ones by default, relu2 too for text, and --random N controls."""
     monkeypatch.setattr(evaluate, 'retrain', lambda candidate, config, dataset, seed: {
-        'name': candidate.name, 'expression': candidate.activation.expression, 'clip': candidate.activation.clip, 'searched': '',
-        'seed': seed, 'settings': evaluate.settings(config), 'test_loss': 1.0, 'test_accuracy': 0.5, 'train_loss': 1.0,
+        'name': candidate.name, 'expression': candidate.activation.expression, 'clip': candidate.activation.clip,
+        'searched': '', 'seed': seed, 'settings': evaluate.settings(config), 'test_loss': 1.0, 'test_accuracy': 0.5, 'train_loss': 1.0,
         'diverged': False, 'ms_step': 1.0, 'mb_kept': 1.0, 'seconds': 1.0, 'curve': []})
     for model, names in ('resnet20', {'relu', 'leaky_relu', 'elu', 'silu', 'gelu'}), \
                         ('minigpt', {'relu', 'leaky_relu', 'elu', 'silu', 'gelu', 'relu2'}):
@@ -294,8 +302,7 @@ def test_baselines_and_random_cells(tmp_path, monkeypatch, capsys):
         rows = rows_of(ledger)
         assert {row['name'] for row in rows} == names | {'random_0', 'random_1'}
         assert len({json.dumps(row['settings']) for row in rows}) == 1
-    evaluate.main(['--model', 'toy', '--seeds', '1', '--baselines', 'tanh,mish', '--out', str(tmp_path / 'toy'), '--device', 'cpu'])
-    assert {row['name'] for row in rows_of(tmp_path / 'toy')} == {'relu', 'tanh', 'mish'}
+    assert {row['name'] for row in run(tmp_path / 'toy', '--baselines', 'tanh,mish')} == {'relu', 'tanh', 'mish'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,9 +322,10 @@ def test_a_resumed_evaluation_gives_the_same_ledger(tmp_path):
     """kill -9 in the middle of a run: started again, the ledger is that of an uninterrupted one, but for the times."""
     words = ['silu', 'tanh', '--steps', 100]
     ledger = tmp_path / 'killed'
-    code = f'import sys; sys.path.insert(0, {str(ROOT / "tests")!r}); import test_evaluate; test_evaluate.run({str(ledger)!r}, *{words})'
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, cwd=ROOT,
-                               env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())})
+    code = f'import test_evaluate; test_evaluate.run({str(ledger)!r}, *{words})'
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL,
+                               env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads()),
+                                    'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'})
     deadline = time.monotonic() + 100
     while not (ledger.exists() and ledger.read_bytes().count(b'\n') >= 2):
         assert time.monotonic() < deadline and process.poll() is None
@@ -331,7 +339,7 @@ def test_a_resumed_evaluation_gives_the_same_ledger(tmp_path):
 
 
 def test_torn_lines(tmp_path, capsys):
-    """A last line that a kill cut is skipped with a warning that names it; that run is done again on a line of its own."""
+    """A last line that a kill cut is skipped with a warning that names it; that run is done again, on its own line."""
     ledger = tmp_path / 'ledger'
     before = run(ledger, 'silu')
     ledger.write_bytes(ledger.read_bytes()[:-200])
@@ -339,8 +347,8 @@ def test_torn_lines(tmp_path, capsys):
     evaluate.main(['--report', str(ledger)])
     captured = capsys.readouterr()
     assert captured.err.startswith(f'warning: {ledger}, line 4 is cut') and '3 runs' in captured.out
-    evaluate.main(['silu', '--model', 'toy', '--steps', '12', '--batch-size', '32', '--device', 'cpu', '--out', str(ledger),
-                   '--baselines', 'none', '--seeds', '2'])
+    with pytest.raises(ValueError):  # the torn line is still there, so the ledger is not all JSON
+        run(ledger, 'silu')
     capsys.readouterr()
     rows = evaluate.read_ledger(ledger)
     assert without_times(rows) == without_times(before) and len(capsys.readouterr().err.splitlines()) == 1
@@ -383,7 +391,8 @@ def test_report_tells_functions_of_one_name_apart(tmp_path, run_folder, capsys):
     run(ledger, run_folder, '--seeds', 1)
     capsys.readouterr()
     evaluate.main(['--report', str(ledger)])
-    names = [line.split('|')[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith('| toy-teacher')]
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split('|')[1].strip() for line in lines if line.startswith('| toy-teacher')]
     assert sorted(names) == ['toy-teacher-seed0 (found on toy/teacher)', 'toy-teacher-seed0 = tanh(x) (found on ?/?)']
 
 
@@ -416,7 +425,8 @@ def test_figures(tmp_path, capsys):
     run(tmp_path / 'ledger', 'silu', '--figures', tmp_path / 'figures')
     names = {path.name for path in (tmp_path / 'figures').iterdir()}
     assert {f'{name}.{kind}' for name in ('functions', 'seeds', 'curves') for kind in ('png', 'svg')} <= names
-    assert (tmp_path / 'figures/seeds.png').read_bytes()[:4] == b'\x89PNG' and '<svg' in (tmp_path / 'figures/seeds.svg').read_text()
+    assert (tmp_path / 'figures/seeds.png').read_bytes()[:4] == b'\x89PNG'
+    assert '<svg' in (tmp_path / 'figures/seeds.svg').read_text()
 
 
 def test_figures_without_matplotlib(tmp_path, capsys, monkeypatch):

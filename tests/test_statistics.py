@@ -7,8 +7,8 @@ import pytest
 from evaluate import compare, t_quantile, verdict
 
 
-@pytest.mark.parametrize('freedom, t', [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228), (29, 2.045),
-                                        (120, 1.980)])
+@pytest.mark.parametrize('freedom, t', [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228),
+                                        (29, 2.045), (120, 1.980)])
 def test_t_quantile_against_the_printed_table(freedom, t):
     """The table of Student's t in every textbook, column 0.975."""
     assert round(t_quantile(freedom), 3) == t
