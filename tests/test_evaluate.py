@@ -138,8 +138,8 @@ def test_wrong_seeds(text):
 
 def run(ledger, *words):
     """An evaluation of the toy network, 12 steps a run; the rows of its ledger."""
-    settings = ('--model', 'toy', '--steps', 12, '--batch-size', 32, '--device', 'cpu', '--baselines', 'none', '--seeds', 2)
-    evaluate.main([str(word) for word in (*settings, '--out', ledger, *words)])
+    usual = ('--model', 'toy', '--steps', 12, '--batch-size', 32, '--device', 'cpu', '--baselines', 'none', '--seeds', 2)
+    evaluate.main([str(word) for word in (*usual, '--out', ledger, *words)])
     return rows_of(ledger)
 
 
@@ -178,7 +178,8 @@ def test_pairing_of_a_language_model(tmp_path, monkeypatch):
 
 def test_one_run_against_a_loop_written_out(tmp_path):
     """Twelve steps of the toy network trained here, plainly: the ledger holds this loss, after the last step."""
-    row, = run(tmp_path / 'ledger', '--seeds', '4:5', '--lr', 0.01, '--lr-end', 1, '--grad-clip', 0, '--weight-decay', 0)
+    plain = ('--lr', 0.01, '--lr-end', 1, '--grad-clip', 0, '--weight-decay', 0)
+    row, = run(tmp_path / 'ledger', '--seeds', '4:5', *plain)
     dataset = data.load('cifar10_16')
     torch.manual_seed(4)
     model = models.build('toy', torch.nn.ReLU, inputs=768, outputs=10)
@@ -224,7 +225,8 @@ def test_what_a_row_holds(tmp_path, run_folder):
     """All that is needed to read it years later."""
     row = run(tmp_path / 'ledger', run_folder)[1]
     assert {'name', 'expression', 'clip', 'searched', 'seed', 'settings', 'test_loss', 'test_accuracy', 'train_loss',
-            'diverged', 'learned', 'curve', 'seconds', 'ms_step', 'mb_kept', 'python', 'torch', 'device', 'threads'} <= set(row)
+            'diverged', 'learned', 'curve', 'seconds', 'ms_step', 'mb_kept', 'python', 'torch', 'device',
+            'threads'} <= set(row)
     assert {'model', 'data', 'preset', 'steps', 'lr', 'batch_size'} <= set(row['settings'])
     assert row['searched'] == 'toy/teacher' and len(row['curve']) == 12 and row['clip'] == 5.0 and row['mb_kept'] > 0
 
@@ -293,8 +295,8 @@ def test_baselines_and_random_cells(tmp_path, monkeypatch, capsys):
     """Added under the same settings: the usual ones by default, relu2 too for text, and --random N controls."""
     monkeypatch.setattr(evaluate, 'retrain', lambda candidate, config, dataset, seed: {
         'name': candidate.name, 'expression': candidate.activation.expression, 'clip': candidate.activation.clip,
-        'searched': '', 'seed': seed, 'settings': evaluate.settings(config), 'test_loss': 1.0, 'test_accuracy': 0.5, 'train_loss': 1.0,
-        'diverged': False, 'ms_step': 1.0, 'mb_kept': 1.0, 'seconds': 1.0, 'curve': []})
+        'searched': '', 'seed': seed, 'settings': evaluate.settings(config), 'test_loss': 1.0, 'test_accuracy': 0.5,
+        'train_loss': 1.0, 'diverged': False, 'ms_step': 1.0, 'mb_kept': 1.0, 'seconds': 1.0, 'curve': []})
     for model, names in ('resnet20', {'relu', 'leaky_relu', 'elu', 'silu', 'gelu'}), \
                         ('minigpt', {'relu', 'leaky_relu', 'elu', 'silu', 'gelu', 'relu2'}):
         ledger = tmp_path / model
