@@ -129,14 +129,17 @@ class Activation(nn.Module):
         self.clip = clip
 
     def forward(self, x: Tensor) -> Tensor:
-        def value(tree: Tree) -> Tensor:
-            if tree == 'x':
-                return x
-            # a constant has no input of its own; x gives it its shape
-            inputs = [value(node) for node in tree.inputs] or [x]
-            scalar = None if tree.scalar is None else self.scalars[tree.scalar].to(x.dtype)
-            return tree.op(*inputs, scalar=scalar, clip=self.clip)
-        return value(self.tree)
+        return self.value(self.tree, x)
+
+    def value(self, tree: Tree, x: Tensor) -> Tensor:
+        """Of a part of the tree. subtle: a method, because a nested function that calls itself is a reference cycle,
+        which would keep every x alive until the garbage collector comes by: half as much memory again in training."""
+        if tree == 'x':
+            return x
+        # a constant has no input of its own; x gives it its shape
+        inputs = [self.value(node, x) for node in tree.inputs] or [x]
+        scalar = None if tree.scalar is None else self.scalars[tree.scalar].to(x.dtype)
+        return tree.op(*inputs, scalar=scalar, clip=self.clip)
 
     @property
     def expression(self) -> str:

@@ -8,11 +8,13 @@ Whole data sets live in memory as tensors; a batch is an index and a few vectori
 Search uses `split` (train and validation, both from the training set). Only evaluate.py touches `Dataset.test`.
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import os
 import sys
 import tarfile
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +75,8 @@ def load(name: str, data_dir: Optional[str] = None, tokens: str = 'bytes') -> Da
     """
     valid('--data', name, DATA)
     if name == 'cifar10_16':
-        parts = [images(read(SAMPLES / f'cifar10_16_{part}.bin'), 1, 16, 10, part) for part in ('train', 'test')]
+        paths = [SAMPLES / f'cifar10_16_{part}.bin' for part in ('train', 'test')]
+        parts = [images(read(path), 1, 16, 10, str(path)) for path in paths]
         return Dataset(name, 'image', *parts, classes=10, channels=3, side=16, mirror=True)
     if name == 'tinystories_sample':
         return text_dataset(name, [SAMPLES / f'{name}_{part}.txt' for part in ('train', 'test')], tokens)
@@ -88,13 +91,14 @@ def load(name: str, data_dir: Optional[str] = None, tokens: str = 'bytes') -> Da
     if name == 'svhn':
         parts = [svhn(folder / f'{part}_32x32.mat') for part in ('train', 'test')]
         return Dataset(name, 'image', *parts, classes=10, channels=3, side=32, mirror=False)
-    if name == 'cifar10':
-        raw = members(folder, 'cifar-10-batches-bin', CIFAR10_FILES, SOURCES[name][0])
-        parts, classes, labels = [b''.join(raw[:5]), raw[5]], 10, 1
-    else:
-        parts = members(folder, 'cifar-100-binary', ['train.bin', 'test.bin'], SOURCES[name][0])
-        classes, labels = 100, 2  # a coarse label, then the fine one, which counts
-    train, test = (images(part, labels, 32, classes, f'{name} {what}') for part, what in zip(parts, ('train', 'test')))
+    inner, files, classes, labels = ('cifar-10-batches-bin', CIFAR10_FILES, 10, 1) if name == 'cifar10' else \
+        ('cifar-100-binary', ['train.bin', 'test.bin'], 100, 2)  # two labels: a coarse one, then the fine one, which counts
+    raw = members(folder, inner, files, SOURCES[name][0])
+    *train, test = [images(part, labels, 32, classes, f'{folder}: {file}') for part, file in zip(raw, files)]
+    train = tuple(torch.cat(tensors) for tensors in zip(*train))
+    for part, published in (train, 50_000), (test, 10_000):
+        if len(part[1]) != published:
+            print(f'note: {folder} holds {len(part[1]):,} of the {published:,} published images of {name}', file=sys.stderr)
     return Dataset(name, 'image', train, test, classes=classes, channels=3, side=32, mirror=True)
 
 
@@ -110,9 +114,12 @@ def read(path: Path) -> bytes:
 
 def md5_of(path: Path) -> str:
     digest = hashlib.md5(usedforsecurity=False)
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    try:
+        with open(path, 'rb') as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f'cannot read {path}: {error.strerror}') from None
     return digest.hexdigest()
 
 
@@ -122,15 +129,18 @@ def download(address: str, path: Path, md5: Optional[str]) -> None:
     if path.exists():
         return
     temporary = path.with_name(f'{path.name}.{os.getpid()}.part')
+    get = dict(stream=True, timeout=30, headers={'Accept-Encoding': 'identity'})  # else the sizes would not compare
     elsewhere = 'or fetch it by other means and give its folder with --data-dir; the built-in samples (--data ' \
                 'cifar10_16, tinystories_sample) need no network'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # identity: a file that the server compresses on the way has another length than it says
-        with requests.get(address, stream=True, timeout=30, headers={'Accept-Encoding': 'identity'}) as answer, \
-                open(temporary, 'wb') as file:
+        for left in path.parent.glob(f'{path.name}.*.part'):  # of a process that was killed
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
+        with requests.get(address, **get) as answer, open(temporary, 'wb') as file:
             answer.raise_for_status()
-            size, got = int(answer.headers.get('Content-Length', 0)), 0
+            length, got = answer.headers.get('Content-Length', ''), 0
+            size = int(length) if length.isdecimal() else 0
             for chunk in answer.iter_content(1 << 20):
                 got += len(chunk)
                 file.write(chunk)
@@ -149,9 +159,10 @@ def download(address: str, path: Path, md5: Optional[str]) -> None:
         why = f'the server answered {status}' if status else f'no connection, or it broke ({type(error).__name__})'
         raise DataError(f'{address}: {why}; try again, {elsewhere}') from None
     except OSError as error:
-        raise DataError(f'cannot write {temporary}: {error.strerror}; make room or choose another folder') from None
+        raise DataError(f'cannot write {temporary}: {error.strerror}; make room, {elsewhere}') from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def members(folder: Path, inner: str, names: list[str], source: tuple[str, Optional[str]]) -> list[bytes]:
@@ -185,6 +196,8 @@ def images(raw: bytes, labels: int, side: int, classes: int, what: str) -> tuple
     y = records[:, labels - 1].long()
     if int(y.max()) >= classes:
         raise DataError(f'{what}: label {int(y.max())} in a set of {classes} classes; the file is damaged or another one')
+    if len(y) >= 1000 and int(y.min()) == int(y.max()):
+        raise DataError(f'{what}: {len(y)} images that all have label {int(y.max())}; the file is damaged, fetch it again')
     return records[:, labels:].reshape(-1, 3, side, side), y
 
 
@@ -198,7 +211,8 @@ def svhn(path: Path) -> tuple[Tensor, Tensor]:
     try:
         content = loadmat(io.BytesIO(raw), variable_names=['X', 'y'])
         pixels, labels = content['X'], content['y'].reshape(-1)
-        if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(labels)) or not 0 < labels.max() <= 10:
+        if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(labels)) or labels.dtype.kind not in 'ui' \
+                or not 1 <= labels.min() <= labels.max() <= 10:
             raise ValueError('X must be 32 x 32 x 3 x n bytes and y n labels from 1 to 10')
     except Exception as error:  # loadmat raises a dozen kinds on files that are something else
         reason = str(error).split('\n')[0]
@@ -224,14 +238,17 @@ def text_dataset(name: str, paths: list[Path], tokens: str) -> Dataset:
     texts = [read(path) for path in paths]
     for path, text in zip(paths, texts):
         if END.encode() not in text:
-            raise DataError(f'{path} holds no line {END}: it is not a file of TinyStories; fetch it again')
+            raise DataError(f'{path} holds no line {END}: it is not a file of TinyStories; delete it and fetch it again')
     if len(texts) == 1:
-        cut = texts[0].rindex(END.encode(), 0, len(texts[0]) * 19 // 20) + len(END)
+        cut = texts[0].rfind(END.encode(), 0, len(texts[0]) * 19 // 20) + len(END)
+        if cut < len(END):
+            raise DataError(f'{paths[0]}: all but the end of the text is one story; it is damaged, fetch it again')
         texts = [texts[0][:cut], texts[0][cut:].lstrip()]
     texts = [text.rstrip() + b'\n' for text in texts]  # or a marker at the very end would stay in the text
     if tokens == 'bytes':
         parts = [torch.frombuffer(bytearray(text.replace(f'\n{END}\n'.encode(), b'\0')), dtype=torch.uint8)
                  for text in texts]
+        enough(parts, paths)
         return Dataset(name, 'text', *parts, classes=256)
     try:
         import tiktoken
@@ -244,7 +261,15 @@ def text_dataset(name: str, paths: list[Path], tokens: str) -> Dataset:
     encoded = [encoding.encode_ordinary_batch(text.decode('utf-8', 'replace').split(f'\n{END}\n')) for text in texts]
     parts = [torch.from_numpy(np.concatenate([np.array(story + [encoding.eot_token], np.int32) for story in part]))
              for part in encoded]
+    enough(parts, paths)
     return Dataset(name, 'text', *parts, classes=encoding.n_vocab)
+
+
+def enough(parts: list[Tensor], paths: list[Path]) -> None:
+    """Raise DataError where a text is too short to be split, or to test on."""
+    for part, need, path in zip(parts, (4 * BLOCK, BLOCK), (paths[0], paths[-1])):
+        if len(part) < need:
+            raise DataError(f'{path}: {len(part)} tokens of text are too few, {need} at least; is the file whole?')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,6 +451,6 @@ if __name__ == '__main__':
     given = parser.parse_args()
     try:
         make_samples(given.data_dir)
-    except DataError as problem:
+    except (DataError, OSError) as problem:
         print(f'error: {problem}', file=sys.stderr)
         sys.exit(2)

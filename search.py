@@ -7,21 +7,28 @@ The loop is in `search`, and it is the lesson. Each step has two halves that are
 
 while operations are dropped one by one until one function is left (paper: arXiv 2408.06820, sections 3.2 and 3.3).
 """
-import argparse
 import contextlib
 import copy
 import dataclasses
+import io
 import itertools
-import json
 import math
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional, get_type_hints
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: nothing keeps two processes out of one run folder there
+    fcntl = resource = None
 
 import torch
 import torch.nn as nn
@@ -30,9 +37,10 @@ from torch import Tensor
 
 import data
 from activation import Activation, bend, distance, named
-from cell import NORMALISERS, SAMPLERS, Cell, Site
-from models import (STANDARD, Training, configure, cross_entropy, learning_rate, network, option, options,
-                    teacher_and_student, weight_optimizer, within)
+from cell import NORMALISERS, SAMPLERS, Cell, Site, blame
+from models import (STANDARD, Failed, Parser, Training, check_memory, choose_device, configure, cross_entropy, json_line,
+                    learning_rate, memory_needed, network, one_line_errors, option, options, read_json,
+                    teacher_and_student, weight_optimizer, within, write_line, write_whole)
 from ops import valid
 
 
@@ -60,7 +68,7 @@ class Config(Training):
     normalise: str = option('scale', "take gain out of each site's table: none (paper), scale or centre")
     ops: str = option('base', 'operations: base, periodic, swish, no-composites, names; a minus takes one out')
     clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; 'none' for none")
-    points: int = option(4096, 'of the grid on which the cell is tabulated, at most 32,768')
+    points: int = option(8193, 'of the grid on which the cell is tabulated; best an odd number, at most 32,767')
     # the run-off (ours)
     runoff: int = option(12, 'candidates trained from scratch and judged on validation; 0: none (paper)')
     runoff_steps: float = option(0.04, 'steps of the first round; each further round halves the field and doubles them')
@@ -74,7 +82,7 @@ class Config(Training):
         valid('--shrink', self.shrink, ('linear', 'log', 'none'))
         valid('--data', self.data, data.DATA if not self.teacher else ('teacher',))
         within(self, 0, 'runoff', 'seed', 'arch_weight_decay', 'warmstart', 'shrink_from', 'shrink_until', 'arch_lr',
-               'runoff_steps', 'checkpoint_every')
+               'shrink_until', 'runoff_steps', 'checkpoint_every')
         within(self, 20, 'steps')
         within(self, 64, 'points')
         if self.points > 32768:
@@ -139,15 +147,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
             torch._foreach_copy_(buffers, kept)
 
 
-def bound(gradients: list[Tensor], limit: float) -> Tensor:
-    """Scale the gradients in place to a common norm of at most `limit` (0: leave them). A gradient that is not finite
-    becomes zero. Returns whether it was finite, as a tensor: asking for its value would make a GPU wait."""
-    norm = torch.stack([g.norm() for g in gradients]).norm()
-    finite = norm.isfinite()
-    factor = (limit / norm.clamp(min=1e-12)).clamp(max=1.0) if limit else torch.ones_like(norm)
-    torch._foreach_mul_(gradients, torch.where(finite, factor, 0.0))
-    for g in gradients:
-        g.nan_to_num_(0.0, 0.0, 0.0)  # subtle: 0 * inf is NaN
+MAX_SKIPPED = 20  # steps in a row that may be skipped before the search ends
+
+
+def bound(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
+    """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Returns whether they and the
+    `others` (the loss, running statistics) are finite: if not, the step must not be taken.
+
+    Asking for that makes a GPU wait, for some 20 microseconds of a half-step; in return nothing that is not finite gets
+    anywhere, and is seen where it happens.
+    """
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    finite = bool(torch.stack([norm, *torch._foreach_norm(list(others))]).isfinite().all())
+    if finite and limit:
+        torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
     return finite
 
 
@@ -194,18 +207,24 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
     arch_opt = torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999),
                                 weight_decay=config.arch_weight_decay)
     drops, warmstart = cell.operations() - 6, config.at(config.warmstart)
-    # What is neither in a module nor in an optimiser. bad: non-finite steps in all, and in a row just now.
+    # What is neither in a module nor in an optimiser. skipped: steps that were not finite, in all and in a row just now.
     state: dict[str, Any] = {'step': 0, 'runoff': None, 'initial': copy.deepcopy(model.state_dict()),
-                             'proposals': [cell.standard.expression], 'bad': torch.zeros(2, device=cell.grid.device)}
+                             'proposals': [cell.standard.expression], 'skipped': 0, 'in_a_row': 0}
+    # What a forward pass changes besides: running statistics of batch norm, and the cell's histograms of inputs.
+    running = [b for b in [*model.buffers(), cell.seen] if b.is_floating_point()]
     holders = {'model': model, 'cell': cell, 'weight_opt': weight_opt, 'arch_opt': arch_opt,
                'train_batches': train_batches, 'val_batches': val_batches}
     if resumed:
-        for name, holder in holders.items():
-            holder.load_state_dict(resumed[name])
-        state = resumed['state']
-        torch.set_rng_state(resumed['random'])
-        if resumed['random_cuda'] is not None:
-            torch.cuda.set_rng_state(resumed['random_cuda'])
+        try:
+            for name, holder in holders.items():
+                holder.load_state_dict(resumed[name])
+            state = resumed['state']
+            torch.set_rng_state(resumed['random'].cpu())
+            if cell.grid.is_cuda:
+                torch.cuda.set_rng_state(resumed['random_cuda'].cpu())
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise ConfigError(f'the checkpoint does not fit the run ({type(error).__name__}); start the search again with '
+                              f'another --out') from None
 
     def snapshot() -> dict[str, Any]:
         return {'state': state, **{name: holder.state_dict() for name, holder in holders.items()},
@@ -216,7 +235,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
     for step in range(state['step'], config.steps):
         warm = step < warmstart
         row: dict[str, Any] = {'step': step + 1}
-        finite = torch.ones((), dtype=torch.bool, device=cell.grid.device)
+        trouble: dict[str, Any] = {}
 
         # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradients over
         #    without writing a .grad anywhere; the weights do not even ask for one.
@@ -233,16 +252,20 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
                 used = [(g, f) for g, f in zip(gradients, found) if f is not None]
                 torch._foreach_add_([g for g, _ in used], [f for _, f in used], alpha=1 / config.accumulate)
                 row['val_loss'] = val_loss.detach()
-            finite = finite & bound(gradients, config.grad_clip)
             for p, g in zip(architecture, gradients):
                 p.grad = g
-            arch_opt.step()
+            if bound(gradients, config.grad_clip, row.get('val_loss', cell.grid)):
+                arch_opt.step()
+            else:
+                with frozen(model):
+                    trouble = {'skipped': 'architecture', 'loss': val_loss.item(), **blame(model, cell, x)}
             arch_opt.zero_grad()
 
         # 2. Weight step: the weights, on training batches. The tables are drawn without a graph, so that nothing
         #    leads back to the alphas.
         for group in weight_opt.param_groups:
             group['lr'] = learning_rate(step, config)
+        before = [b.clone() for b in running]
         for _ in range(config.accumulate):
             x, y = next(train_batches)
             if warm:
@@ -252,10 +275,14 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
                     cell.draw()
             train_loss = loss(model(x), y)
             (train_loss / config.accumulate).backward()
-        finite = finite & bound([p.grad for p in weights if p.grad is not None], config.grad_clip)
-        weight_opt.step()
-        weight_opt.zero_grad()
         row['train_loss'] = train_loss.detach()
+        if bound([p.grad for p in weights if p.grad is not None], config.grad_clip, row['train_loss'], *running):
+            weight_opt.step()
+        else:
+            trouble = {'skipped': 'weights', 'loss': train_loss.item(), **blame(model, cell, x)}
+            for b, old in zip(running, before):
+                b.copy_(old)
+        weight_opt.zero_grad()
 
         # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
         while drops + 6 - cell.operations() < drops_due(step + 1, config, drops):
@@ -264,9 +291,12 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         if not warm and (step + 1 - warmstart) % max(1, (config.steps - warmstart) // max(config.runoff, 1)) == 0:
             state['proposals'].append(cell.expression())
         state['step'] = step + 1
-        bad = 1 - finite.float()
-        state['bad'] = torch.stack([state['bad'][0] + bad, (state['bad'][1] + 1) * bad])
-        report(row | {'bad': state['bad']}, snapshot)
+        state['in_a_row'] = state['in_a_row'] + 1 if trouble else 0
+        state['skipped'] += bool(trouble)
+        report(row | ({'trouble': trouble} if trouble else {}), snapshot)
+        if state['in_a_row'] >= MAX_SKIPPED:
+            raise Failed(f'{MAX_SKIPPED} steps in a row were skipped, the last at step {step + 1}: {said(trouble)}; try a '
+                         f'smaller --lr, a smaller --clip, or --normalise scale')
 
     assert cell.operations() == 6, 'the shrinking schedule did not end with one operation a choice point'
     if not config.runoff:
@@ -303,11 +333,15 @@ def runoff(model: nn.Module, state: dict[str, Any], train_batches: Iterator, val
             for step, (x, y) in enumerate(train):
                 for group in optimizer.param_groups:
                     group['lr'] = learning_rate(step, schedule)
-                loss(model(x), y).backward()
-                bound([p.grad for p in model.parameters() if p.grad is not None], config.grad_clip)
+                train_loss = loss(model(x), y)
+                train_loss.backward()
+                finite = bound([p.grad for p in model.parameters() if p.grad is not None], config.grad_clip, train_loss)
+                if not finite:
+                    break  # a function that cannot be trained is none to recommend, however it stands now
                 optimizer.step()
                 optimizer.zero_grad()
-            result = score(model, judge, loss)
+            model.zero_grad()
+            result = score(model, judge, loss) if finite else {'loss': math.nan}
             ranking.append((result['loss'] if math.isfinite(result['loss']) else math.inf, expression, result))
             report({'candidate': expression, 'formula': activation.formula, 'runoff_steps': steps, **result}, None)
         ranking.sort(key=lambda entry: entry[0])
@@ -329,6 +363,15 @@ def score(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, floa
     model.train()
     result = {'loss': torch.stack(losses).mean().item()}
     return result | ({'accuracy': torch.stack(hits).mean().item()} if hits else {})
+
+
+def said(skipped: dict[str, Any]) -> str:
+    """Why a step was skipped, from what `search` reports of it."""
+    low, high = skipped['inputs']
+    what = skipped['gradient'] and f"gradient of {skipped['gradient']}" or 'running statistics'
+    return (f"{what if math.isfinite(skipped['loss']) else 'loss'} not finite in the {skipped['skipped']} step (loss "
+            f"{skipped['loss']:.3g}), most at site {skipped['site']}: inputs {low:.3g} to {high:.3g}, largest operation "
+            f"{skipped['op']} with {skipped['output']:.3g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,86 +401,136 @@ def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Te
     return model.to(config.device), batches[0], batches[1], cross_entropy
 
 
-class SearchFailed(RuntimeError):
-    """The search cannot go on. One line: why, and what to try."""
+FILES = ('config.json', 'log.jsonl', 'checkpoint.pt', 'activation.json')
+BILEVEL = 2.2  # what a step with both halves costs against one of the warm start, until that is known
+
+
+def unused(folder: Path) -> None:
+    """Raise ConfigError where a new search would write over another."""
+    if any((folder / name).exists() and (folder / name).stat().st_size for name in FILES):
+        raise ConfigError(f'{folder} holds a run already; go on with it by --resume {folder}, or choose another --seed or '
+                          f'--out')
 
 
 class Run:
     """The run folder and the progress line. `report` is called after every step.
 
     config.json   the settings, written first
-    log.jsonl     one line each 1 % of the steps, and one for each candidate of the run-off
+    log.jsonl     one line each 1 % of the steps, for each step that was skipped, and for each candidate of the run-off
     checkpoint.pt everything needed to go on (--resume), replaced every minute
     activation.json   the result, written last
     """
 
-    def __init__(self, config: Config, cell: Cell, resumed: Optional[dict] = None):
+    def __init__(self, config: Config, cell: Cell, resumed: Optional[dict] = None, fresh: bool = True):
         self.config, self.cell, self.folder = config, cell, Path(config.out)
-        self.started = self.printed = self.saved = time.monotonic()
-        self.first = resumed['state']['step'] if resumed else 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = open(self.folder / 'log.jsonl', 'ab', buffering=0)
+        try:
+            if fcntl:
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+        except BlockingIOError:
+            raise ConfigError(f'{self.folder}: another process is at work there; wait, or choose another --out') from None
+        if fresh:  # once more, now that nobody else can be at it
+            unused(self.folder)
+            write_whole(self.folder / 'config.json', json_line(dataclasses.asdict(config), indent=1))
+        size, expected = self.log.tell(), resumed['log_size'] if resumed else 0
+        if size < expected:
+            print(f'note: {self.folder}/log.jsonl has lost its end; the search itself goes on exactly', file=sys.stderr)
+        self.log.truncate(min(size, expected))  # what was written after the checkpoint is done again
+        self.started = self.printed = self.saved = self.mark = time.monotonic()
         self.seconds = resumed['seconds'] if resumed else 0.0
         self.dropped: list[str] = resumed['dropped'] if resumed else []
+        self.skipped = resumed['state']['skipped'] if resumed else 0
+        self.timed = 0  # steps in this process
+        self.pace = {True: 0.0, False: 0.0}  # seconds a step, a running mean: in the warm start, and after it
         self.val_loss = math.nan
         self.stop = False  # set by Ctrl-C: save after the step, then stop
-        self.log = open(self.folder / 'log.jsonl', 'r+b' if resumed else 'wb', buffering=0)
-        self.log.truncate(resumed['log_size'] if resumed else 0)
-        self.log.seek(0, os.SEEK_END)
         self.terminal = sys.stdout.isatty()
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
 
+    def interrupt(self, *_: Any) -> None:
+        """Ctrl-C. The first one saves after the step, or the candidate of the run-off, that is under way."""
+        if self.stop:
+            os._exit(130)
+        self.stop = True
+        os.write(2, b'\nstopping as soon as this step is done and saved; Ctrl-C again: at once\n')  # print is not safe here
+
     def report(self, row: dict[str, Any], snapshot: Optional[Callable[[], dict]]) -> None:
         if 'candidate' in row:
             self.write(row)
             self.show(f"run-off, {row['runoff_steps']} steps each: validation {row['loss']:.4f}  {row['formula']}", True)
+            if self.stop:
+                raise KeyboardInterrupt  # saved when the round began, which begins again
         elif 'runoff' in row:
             self.save(snapshot)
         else:
             self.dropped += row.get('dropped', [])
             step, steps = row['step'], self.config.steps
+            self.clock_in(step)
+            if trouble := row.pop('trouble', None):
+                self.skipped += 1
+                self.write({'step': step, **trouble})
             if step % max(1, steps // 100) == 0 or step == steps:
                 self.progress(row)
             if self.stop or time.monotonic() - self.saved > self.config.checkpoint_every or step == steps:
                 self.save(snapshot)
 
+    def clock_in(self, step: int) -> None:
+        """Keep the pace, and say after ten steps how long it will take."""
+        now, warm = time.monotonic(), step <= self.config.at(self.config.warmstart)
+        seconds, self.mark, self.timed = now - self.mark, now, self.timed + 1
+        if self.timed > 1:  # the first step sets things up
+            self.pace[warm] = 0.9 * self.pace[warm] + 0.1 * seconds if self.pace[warm] else seconds
+        if self.timed == 10 and step < self.config.steps:
+            self.show(f'after ten steps: about {self.left(step) / 60:.1f} minutes to go', True)
+
+    def left(self, step: int) -> float:
+        """Seconds that the search will still take: weight steps, bi-level steps, and the rounds of the run-off."""
+        config, warm, both = self.config, self.pace[True], self.pace[False]
+        warm, both = warm or both / BILEVEL, both or warm * BILEVEL
+        cold, field, length = max(config.at(config.warmstart) - step, 0), config.runoff, config.at(config.runoff_steps)
+        runoff = 0
+        while field:
+            runoff, field, length = runoff + field * length, 0 if field <= 3 else math.ceil(field / 2), 2 * length
+        return warm * (cold + runoff) + both * (config.steps - max(step, config.at(config.warmstart)))
+
     def progress(self, row: dict[str, Any]) -> None:
-        """The only place where values leave the device: once in a hundred steps."""
+        """The only place where losses leave the device: once in a hundred steps."""
         step, steps = row['step'], self.config.steps
-        bad, in_a_row = row.pop('bad').long().tolist()
         numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
         self.val_loss = numbers.get('val_loss', self.val_loss)
-        numbers.update(operations=self.cell.operations(), expression=self.cell.expression(), dropped=self.dropped, bad=bad,
-                       alpha=[[round(v, 4) for v in a.tolist()] for a in self.cell.alpha],
+        numbers.update(operations=self.cell.operations(), expression=self.cell.expression(), dropped=self.dropped,
+                       bad=self.skipped, alpha=[[round(v, 4) for v in a.tolist()] for a in self.cell.alpha],
                        curve=[round(v, 4) for v in self.cell.curve()])
         self.dropped = []
-        self.write({key: value if not isinstance(value, float) or math.isfinite(value) else None
-                    for key, value in numbers.items()})
-        if in_a_row >= max(10, steps // 100):
-            raise SearchFailed(f'{in_a_row} steps in a row had a loss or gradient that is not finite, the last at step {step}; '
-                               f'try a smaller --lr, a smaller --clip, or --normalise scale')
-        pace = (time.monotonic() - self.started) / (step - self.first)
-        skipped = f' | {bad} steps skipped, not finite' if bad else ''
-        self.show(f"step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} val {self.val_loss:.3f} | "
-                  f"{numbers['operations']} ops left | {self.cell.activation().formula}{skipped} | {pace:.2f} s/step | "
-                  f"{clock(pace * (steps - step))} left", time.monotonic() - self.printed > 10 or step in (1, steps))
+        self.write(numbers)
+        skipped = f' | {self.skipped} steps skipped, not finite: see log.jsonl' if self.skipped else ''
+        pace = self.pace[step <= self.config.at(self.config.warmstart)]
+        self.show(f"step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} val "
+                  f"{self.val_loss:.3f} | {numbers['operations']} ops left | {self.cell.activation().formula}{skipped} | "
+                  f"{pace:.2f} s/step | {clock(self.left(step))} left",
+                  time.monotonic() - self.printed > 10 or step in (1, steps))
 
     def save(self, snapshot: Callable[[], dict]) -> None:
         """Replace the checkpoint, atomically: a kill leaves the old one or the new one."""
-        state = {**snapshot(), 'seconds': self.elapsed(), 'log_size': self.log.tell(), 'dropped': self.dropped}
-        torch.save(state, self.folder / 'checkpoint.tmp')
-        os.replace(self.folder / 'checkpoint.tmp', self.folder / 'checkpoint.pt')
+        state = {**snapshot(), 'seconds': self.elapsed(), 'log_size': self.log.tell(), 'dropped': self.dropped,
+                 'config': dataclasses.asdict(self.config), 'versions': versions()}
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(self.folder / 'checkpoint.pt', content.getbuffer())
         self.saved = time.monotonic()
         if self.stop:
             raise KeyboardInterrupt
 
     def write(self, row: dict[str, Any]) -> None:
-        self.log.write((json.dumps(row) + '\n').encode())
+        write_line(self.log, json_line(row), self.folder / 'log.jsonl')
 
     def show(self, line: str, due: bool) -> None:
         """On a terminal one line, rewritten in place; into a pipe a plain line when it is due."""
         if self.terminal:
-            width = os.get_terminal_size().columns - 1
+            width = shutil.get_terminal_size().columns - 1
             print('\r' + line[:width].ljust(width), end='', flush=True)
         elif due:
             print(line, flush=True)
@@ -445,14 +538,11 @@ class Run:
 
     def finish(self, found: Activation, validation: dict[str, float]) -> None:
         """Write activation.json and say what was found, where it is, and what to run next."""
-        self.log.close()
         config, folder = self.config, self.folder
         result = {'expression': found.expression, 'clip': found.clip, 'formula': found.formula,
                   'scalars': [s.item() for s in found.scalars], 'model': config.model, 'data': config.data,
                   'seed': config.seed, 'validation': validation, 'seconds': round(self.elapsed(), 1),
-                  'config': dataclasses.asdict(config),
-                  'versions': {'python': sys.version.split()[0], 'torch': torch.__version__, 'commit': commit(),
-                               'threads': torch.get_num_threads()}}
+                  'skipped': self.skipped, 'config': dataclasses.asdict(config), 'versions': versions()}
         lines, bent = [], bend(found)
         if not bent > 0.01:  # nan for a constant
             result['warning'] = f"the function found is {'constant' if math.isnan(bent) else 'a straight line'}: " \
@@ -462,7 +552,13 @@ class Run:
             result['planted'] = {'teacher': config.teacher, 'distance': distance(found.double(), named(config.teacher))}
             lines.append(f"planted:     {named(config.teacher).formula}, RMS difference "
                          f"{100 * result['planted']['distance']:.2f} % of its standard deviation")
-        write_json(folder / 'activation.json', result)
+        if not math.isfinite(validation['loss']):
+            result['warning'] = 'its validation loss is not finite: nothing that was tried could be trained; try a smaller ' \
+                                '--lr, a smaller --clip, or --normalise scale'
+            lines.append(f"warning:     {result['warning']}")
+        if self.skipped:
+            lines.append(f'skipped:     {self.skipped} steps were not finite; log.jsonl says which, and why')
+        write_whole(folder / 'activation.json', json_line(result, indent=1))
         scores = ', '.join(f'{key} {value:.4f}' for key, value in validation.items())
         clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in found.formula else ''
         print('\n' * self.terminal + '\n'.join([
@@ -476,50 +572,88 @@ def clock(seconds: float) -> str:
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
-def commit() -> Optional[str]:
-    """The commit that this file is from, where there is git and a repository."""
+def versions() -> dict[str, Any]:
+    """What a result depends on besides its settings. commit: where there is git and a repository."""
     try:
-        return subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        commit = None
+    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'commit': commit,
+            'threads': torch.get_num_threads(), 'machine': platform.machine()}
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
-    os.replace(temporary, path)
+def read_config(folder: Path) -> Config:
+    """The settings of the run in `folder`. Raises ConfigError."""
+    path = folder / 'config.json'
+    try:
+        content = read_json(path)
+        types = get_type_hints(Config)
+        if difference := types.keys() ^ content.keys():
+            raise ValueError(f"{'it lacks' if difference - content.keys() else 'it has an unknown'} {min(difference)}")
+        for name, value in content.items():
+            kinds = {Optional[float]: (float, int, type(None)), Optional[str]: (str, type(None)), float: (float, int)}
+            if isinstance(value, bool) != (types[name] is bool) or not isinstance(value, kinds.get(types[name], types[name])):
+                raise ValueError(f'{name} is {str(value)[:40]!r}')
+        config = Config(**content)
+        config.check()
+        return config
+    except OSError as error:
+        raise ConfigError(f'--resume {folder}: there is no run ({path}: {error.strerror})') from None
+    except ValueError as error:
+        raise ConfigError(f'{path} is damaged ({error}); put it back as it was, or start the search again') from None
 
 
 def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, Optional[dict[str, Any]]]:
     """The configuration of the run in `folder`, and its checkpoint if it wrote one. Raises ConfigError."""
-    try:
-        config = Config(**json.loads((folder / 'config.json').read_text(encoding='utf-8')))
-    except OSError as error:
-        raise ConfigError(f'--resume {folder}: there is no run ({folder}/config.json: {error.strerror})') from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f'{folder}/config.json is damaged ({error}); start the search again') from None
-    contradicted = [f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})" for name, value in given.items()
-                    if value != getattr(config, name) and name != 'out']
+    config = read_config(folder)
+    same = {'device': choose_device, 'out': lambda out: config.out if Path(out).resolve() == folder.resolve() else out}
+    contradicted = [f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})"
+                    for name, value in given.items()
+                    if same.get(name, lambda value: value)(value) != getattr(config, name)]
     if contradicted:
         raise ConfigError(f"--resume {folder} goes on with the run's own settings, not with {', '.join(contradicted)}")
-    config.check()
-    config.out = str(folder)
+    choose_device(config.device)
     path = folder / 'checkpoint.pt'
+    begun = dataclasses.asdict(config)
+    if Path(config.out).resolve() != folder.resolve():
+        config.out = str(folder)  # it was moved
     try:
-        return config, torch.load(path, map_location=config.device, weights_only=True) if path.exists() else None
+        checkpoint = torch.load(path, map_location=config.device, weights_only=True)
+        kinds = {'state': dict, 'model': dict, 'seconds': float, 'log_size': int, 'dropped': list, 'config': dict,
+                 'versions': dict, 'random': Tensor}
+        if not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
+            raise TypeError('it is something else')
+        checkpoint['state']['step'] + checkpoint['state']['skipped']
+    except FileNotFoundError:
+        return config, None  # killed before the first checkpoint: from the start, which is exact as well
     except Exception as error:  # torch.load raises a dozen kinds on files that are something else
         raise ConfigError(f'{path} is damaged ({type(error).__name__}); start the search again with another --out') from None
+    if {**checkpoint['config'], 'out': ''} != {**begun, 'out': ''}:
+        raise ConfigError(f'{path} and {folder}/config.json are of different runs; put the right one back, or start the '
+                          f'search again with another --out')
+    for name, value in versions().items():
+        if (then := checkpoint['versions'].get(name)) != value:
+            print(f'note: {name} was {then} and is {value}; the search goes on, perhaps not to the last bit', file=sys.stderr)
+    return config, checkpoint
+
+
+def plan(config: Config, model: nn.Module, cell: Cell, needed: int, resumed: bool) -> str:
+    """What is about to happen, in words, before it does."""
+    weights, space = sum(p.numel() for p in model.parameters()), math.prod(map(len, cell.ops))
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) if resource else 0
+    return (f"{'going on with the search of' if resumed else 'searching'} {space:,} functions for {config.model} ({weights:,} "
+            f"weights, {cell.sites} sites) on {config.data}\n"
+            f"plan: {config.steps} steps ({config.at(config.warmstart)} of warm start), a run-off of {config.runoff} on "
+            f"{config.device}; peak memory about {(now + needed) / 1e9:.1f} GB; run folder {config.out}")
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser, run = Parser(__doc__), None
     parser.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, exactly')
-    run = None
-    try:
+    with one_line_errors(lambda: f'go on with: python search.py --resume {run.folder}' if run else 'nothing was written'):
         given, other = options(Config, parser, arguments)
-        if other.resume:
+        if other.resume is not None:
             config, resumed = resume(Path(other.resume), given)
             if (Path(config.out) / 'activation.json').exists():
                 print(f'{config.out} is finished: its result is {config.out}/activation.json')
@@ -527,28 +661,19 @@ def main(arguments: Optional[list[str]] = None) -> None:
         else:
             config, resumed = configure(Config, PRESETS, given), None
             config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
-            if (Path(config.out) / 'config.json').exists():
-                raise ConfigError(f'{config.out} holds a run already; go on with it by --resume {config.out}, or choose '
-                                  f'another --seed or --out')
+            unused(Path(config.out))
         model, train_batches, val_batches, loss = prepare(config)
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.out) / 'config.json', dataclasses.asdict(config))
-        run = Run(config, cell_of(model), resumed)
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if run.stop else setattr(run, 'stop', True))
-        weights = sum(p.numel() for p in model.parameters())
-        space = math.prod(map(len, run.cell.ops))
-        print(f"{'going on with' if resumed else 'searching'} {space:,} functions for {config.model} ({weights:,} weights, "
-              f'{run.cell.sites} sites) on {config.data}, {config.steps} steps on {config.device}; run folder {config.out}',
-              flush=True)
-        found, validation = search(model, train_batches, val_batches, loss, config, run.report, resumed)
+        needed = memory_needed(model, train_batches, loss, config)
+        check_memory(needed, config)
+        print(plan(config, model, cell_of(model), needed, bool(resumed)), flush=True)
+        run = Run(config, cell_of(model), resumed, fresh=other.resume is None)
+        handler = signal.signal(signal.SIGINT, run.interrupt)
+        try:
+            found, validation = search(model, train_batches, val_batches, loss, config, run.report, resumed)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            run.log.close()
         run.finish(found, validation)
-    except KeyboardInterrupt:
-        where = f'; go on with: python search.py --resume {run.folder}' if run else ''
-        print(f'\nstopped{where}', file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, SearchFailed) as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == '__main__':
