@@ -21,11 +21,12 @@ import torch
 import torch.nn as nn
 
 import data
-from activation import NAMED, Activation, named
+import figures
+from activation import NAMED, Activation, gallery, named
 from cell import Tabulated, random_expression
 from models import (STANDARD, Parser, Training, bytes_kept, check_memory, configure, cross_entropy, json_line,
                     learning_rate, memory_needed, network, one_line_errors, option, options, parse_json, read_json,
-                    weight_optimizer, write_line)
+                    standard_of, weight_optimizer, write_line)
 from ops import valid
 
 
@@ -76,7 +77,7 @@ class Candidate(NamedTuple):
 
 
 def resolve(text: str) -> Candidate:
-    """A run folder, a path to activation.json, a known name, random_0, random_1 ..., or an expression.
+    """A run folder, a path to activation.json, a known name or one of the gallery, random_0, random_1 ..., an expression.
 
     Raises ValueError, one line, for what is none of these.
     """
@@ -86,7 +87,9 @@ def resolve(text: str) -> Candidate:
         return from_file(path if path.suffix == '.json' else path / 'activation.json')
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return Candidate(text, Activation(random_expression(torch.Generator().manual_seed(int(match[1])))))
-    return Candidate(text.replace(' ', ''), named(text))
+    activation, name = named(text), text.replace(' ', '')
+    entry = gallery().get(name) if name not in NAMED and re.fullmatch(r'[\w-]+', name) else None
+    return Candidate(name, activation, f'{entry.model}/{entry.data}' if entry else '')
 
 
 def from_file(path: Path) -> Candidate:
@@ -362,7 +365,7 @@ def report(rows: list[dict[str, Any]], against: Optional[str], metric: Optional[
         text.append(f"{model} on {s['data']}, {s['steps']} steps of {s['batch_size'] * s['accumulate']}, lr {s['lr']:g}"
                     f"{', scalars frozen' if s.get('freeze') else ''}{', by table' if s.get('table') else ''}; "
                     f"{len(runs)} runs on {devices}\n\n"
-                    + table(runs, against or STANDARD.get(model, 'relu'), metric or ('loss' if model == 'minigpt' else 'accuracy')))
+                    + table(runs, against or STANDARD.get(model, 'relu'), metric or ('loss' if s['data'].startswith('tinystories') else 'accuracy')))
     return '\n\n'.join(text)
 
 
@@ -403,63 +406,6 @@ def card(candidate: Candidate) -> str:
     lines += [f'{name:18s}{ms[name][0]:6.2f} ms   {ms[name][1]:6.2f} ms   {kept[name]:5.1f} bytes an element   '
               f"{sum(ms[name]) / sum(ms['relu']):.1f} x relu" for name in contestants]
     return '\n'.join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures.
-
-def figures(rows: list[dict[str, Any]], reference: str, folder: Path) -> str:
-    """functions, seeds and curves as PNG and SVG in `folder`; what was done, in one line."""
-    try:
-        import matplotlib
-    except ImportError:
-        return 'figures: pip install matplotlib to have them'
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    names = list(dict.fromkeys(row['name'] for row in rows))[:10]
-    # Colours of Okabe and Ito, which the colour-blind can tell apart; dashes and markers for print in grey.
-    look = {name: dict(color=('#000000', '#E69F00', '#56B4E9', '#009E73', '#0072B2', '#D55E00', '#CC79A7')[k % 7],
-                       linestyle=('-', '--', ':', '-.')[k % 4], marker='osv^Dx+*<>'[k]) for k, name in enumerate(names)}
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def save(figure: Any, name: str) -> None:
-        figure.tight_layout()
-        for kind in 'png', 'svg':
-            figure.savefig(folder / f'{name}.{kind}', dpi=150)
-        plt.close(figure)
-
-    x = torch.linspace(-4, 4, 801, dtype=torch.float64, requires_grad=True)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    for name in names:
-        row = next(row for row in rows if row['name'] == name)
-        y = Activation(row['expression'], row['clip']).double()(x)
-        slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)
-        for axis, values in zip(axes, (y.detach(), slope)):
-            axis.plot(x.detach(), values, label=name, **look[name], markevery=80, markersize=4)
-    for axis, what in zip(axes, ('f(x)', "f'(x)")):
-        axis.set(xlabel='x', ylabel=what, ylim=(-3, 4))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    save(figure, 'functions')
-
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for name in names:
-        points = sorted((row['seed'], row['test_loss']) for row in rows if row['name'] == name and not row['diverged'])
-        axis.plot(*zip(*points) if points else ([], []), label=name, **look[name], markersize=5)
-    axis.set(xlabel='seed', ylabel='test loss (nats)')
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(fontsize=8)
-    save(figure, 'seeds')
-
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for name in names:
-        curves = [row['curve'] for row in rows if row['name'] == name and not row['diverged']]
-        means = [(points[0][0], statistics.fmean(p[1] for p in points)) for points in zip(*curves)]
-        axis.plot(*zip(*means) if means else ([], []), label=name, **look[name], markersize=4, markevery=4)
-    axis.set(xlabel='step', ylabel='training loss (nats), mean over seeds', yscale='log')
-    axis.legend(fontsize=8)
-    save(figure, 'curves')
-    return f'figures: {folder}/functions, seeds, curves (.png and .svg), {reference} is the reference'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,11 +478,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
             print(report(rows, against, given.metric))
             reference_name = against or STANDARD.get(rows[0]['settings'].get('model'), 'relu')
         else:
-            reference = resolve(given.against or STANDARD[config.model])
+            reference = resolve(given.against or standard_of(config.model))
             reference_name = reference.name
             if not 0 <= given.random <= 10_000:
                 raise ValueError(f'--random {given.random}: from 0 to 10,000')
-            kind = 'text' if config.model == 'minigpt' else 'image'
+            kind = 'text' if config.data.startswith('tinystories') else 'image'
             names = (given.baselines if given.baselines is not None else BASELINES[kind]).split(',')
             names = [name for name in names if name not in ('none', '')] + [f'random_{k}' for k in range(given.random)]
             candidates: dict[str, Candidate] = {}
@@ -549,7 +495,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
             print('\n' + report(rows, reference_name, given.metric))
             print(f'\nledger: {config.out}   the table again: python evaluate.py --report {config.out}')
         if given.figures:
-            print(figures(rows, reference_name, Path(given.figures)))
+            print(figures.evaluation(rows, reference_name, Path(given.figures)))
 
 
 if __name__ == '__main__':

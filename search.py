@@ -36,10 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import figures
 from activation import Activation, bend, distance, named
 from cell import NORMALISERS, SAMPLERS, Cell, Site, blame
-from models import (STANDARD, Failed, Parser, Training, check_memory, choose_device, configure, cross_entropy, json_line,
-                    learning_rate, memory_needed, network, one_line_errors, option, options, read_json,
+from models import (Failed, Parser, Training, check_memory, choose_device, configure, cross_entropy, json_line,
+                    learning_rate, memory_needed, network, one_line_errors, option, options, read_json, standard_of,
                     teacher_and_student, weight_optimizer, within, write_line, write_whole)
 from ops import valid
 
@@ -378,7 +379,7 @@ def said(skipped: dict[str, Any]) -> str:
 # The command line.
 
 def new_cell(config: Config) -> Cell:
-    return Cell(config.ops, config.clip, config.sampler, STANDARD[config.model], config.normalise, config.points)
+    return Cell(config.ops, config.clip, config.sampler, standard_of(config.model), config.normalise, config.points)
 
 
 def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Tensor, Tensor], Tensor]]:
@@ -418,7 +419,8 @@ class Run:
     config.json   the settings, written first
     log.jsonl     one line each 1 % of the steps, for each step that was skipped, and for each candidate of the run-off
     checkpoint.pt everything needed to go on (--resume), replaced every minute
-    activation.json   the result, written last
+    activation.py     the result as a module of its own
+    activation.json   the result; after it only search.png and search.gif
     """
 
     def __init__(self, config: Config, cell: Cell, resumed: Optional[dict] = None, fresh: bool = True):
@@ -536,8 +538,8 @@ class Run:
             print(line, flush=True)
             self.printed = time.monotonic()
 
-    def finish(self, found: Activation, validation: dict[str, float]) -> None:
-        """Write activation.json and say what was found, where it is, and what to run next."""
+    def finish(self, found: Activation, validation: dict[str, float], plot: bool = True) -> None:
+        """Write activation.json and say what was found, where it is, and what to run next. plot: draw it as well."""
         config, folder = self.config, self.folder
         result = {'expression': found.expression, 'clip': found.clip, 'formula': found.formula,
                   'scalars': [s.item() for s in found.scalars], 'model': config.model, 'data': config.data,
@@ -558,14 +560,32 @@ class Run:
             lines.append(f"warning:     {result['warning']}")
         if self.skipped:
             lines.append(f'skipped:     {self.skipped} steps were not finite; log.jsonl says which, and why')
+        short = found.float().simplified()
+        result.update(simplified=short.expression, formula=short.formula, latex=short.latex)
+        module = write_module(folder, config, short)
         write_whole(folder / 'activation.json', json_line(result, indent=1))
         scores = ', '.join(f'{key} {value:.4f}' for key, value in validation.items())
-        clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in found.formula else ''
+        clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in short.formula else ''
         print('\n' * self.terminal + '\n'.join([
-            '', f'    f(x) = {found.formula}{clipped}', '',
+            '', f'    f(x) = {short.formula}{clipped}', '',
+            *([figures.text_plot(short, named(standard_of(config.model))), ''] if plot else []),
             f'validation:  {scores}   ({clock(self.elapsed())} in all)', *lines,
-            f'files:       {folder}/activation.json, log.jsonl, checkpoint.pt',
-            f'next:        python evaluate.py {folder} --model {config.model}   # retrain it and compare']))
+            f'files:       {folder}/activation.json, {module}, log.jsonl, checkpoint.pt',
+            f'next:        python evaluate.py {folder} --model {config.model}   # retrain it and compare']), flush=True)
+        if plot:
+            print(f'pictures:    {figures.draw(folder)}')  # last: it takes seconds, and all else is safe by now
+
+
+def write_module(folder: Path, config: Config, found: Activation) -> str:
+    """Write the function as activation.py, a file of its own; its name, or why there is none."""
+    clip = 'none' if config.clip is None else f'{config.clip:g}'
+    note = (f'Found by search.py --model {config.model} --data {config.data} --seed {config.seed} --steps {config.steps} '
+            f'--clip {clip}\nas {found.expression}')
+    try:
+        write_whole(folder / 'activation.py', found.module(note).encode())
+    except ValueError as error:  # an operation that was added without a line in CODE
+        return f'no activation.py ({error})'
+    return 'activation.py'
 
 
 def clock(seconds: float) -> str:
@@ -651,8 +671,13 @@ def plan(config: Config, model: nn.Module, cell: Cell, needed: int, resumed: boo
 def main(arguments: Optional[list[str]] = None) -> None:
     parser, run = Parser(__doc__), None
     parser.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, exactly')
+    parser.add_argument('--plot', metavar='RUN', help='draw search.png and search.gif of a run, finished or going on')
+    parser.add_argument('--no-plot', action='store_true', help='neither the plot in the terminal nor the pictures at the end')
     with one_line_errors(lambda: f'go on with: python search.py --resume {run.folder}' if run else 'nothing was written'):
         given, other = options(Config, parser, arguments)
+        if other.plot:
+            print(figures.draw(Path(other.plot)))
+            return
         if other.resume is not None:
             config, resumed = resume(Path(other.resume), given)
             if (Path(config.out) / 'activation.json').exists():
@@ -660,7 +685,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 return
         else:
             config, resumed = configure(Config, PRESETS, given), None
-            config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
+            name = Path(config.model).name.replace('.py:', '-')  # of nets/mine.py:make only mine-make
+            config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
             unused(Path(config.out))
         model, train_batches, val_batches, loss = prepare(config)
         needed = memory_needed(model, train_batches, loss, config)
@@ -673,7 +699,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
         finally:
             signal.signal(signal.SIGINT, handler)
             run.log.close()
-        run.finish(found, validation)
+        run.finish(found, validation, not other.no_plot)
 
 
 if __name__ == '__main__':
