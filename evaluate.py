@@ -164,7 +164,8 @@ def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: i
             'train_loss': curve[-1][1] if curve and not diverged else None, 'diverged': diverged,
             'learned': [round(s.item(), 6) for s in activation.scalars], 'curve': curve,
             'seconds': round(time.monotonic() - started, 1), 'ms_step': round(1e3 * statistics.median(paces or [0]), 2),
-            'mb_kept': round(kept / 1e6, 2), 'mb_peak': round(torch.cuda.max_memory_allocated() / 1e6, 2) if cuda else None,
+            'mb_kept': round(kept / 1e6, 2),
+            'mb_peak': round(torch.cuda.max_memory_allocated() / 1e6, 2) if cuda else None,
             'python': sys.version.split()[0], 'torch': torch.__version__, 'device': device_name(config.device),
             'threads': torch.get_num_threads()}
 

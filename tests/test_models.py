@@ -16,7 +16,7 @@ from cell import Cell, Site
 from models import Block, MiniGPT, ResNet20, Training, ViTTiny, build, configure, learning_rate, options
 
 ROOT = Path(models.__file__).resolve().parent
-SCRIPTS = {'search': (search.Config, search.PRESETS, search.main), 'evaluate': (evaluate.Config, evaluate.PRESETS, evaluate.main)}
+SCRIPTS = {script.__name__: (script.Config, script.PRESETS, script.main) for script in (search, evaluate)}
 
 
 def weights(model):
@@ -26,7 +26,8 @@ def weights(model):
 def test_resnet20_has_269722_weights():
     """He et al.'s ResNet20 with shortcuts that have no parameters: 3x3 kernels, two numbers a channel of each norm."""
     first = 9 * 3 * 16 + 2 * 16
-    stages = 6 * (9 * 16 * 16 + 2 * 16), 9 * 16 * 32 + 5 * 9 * 32 * 32 + 6 * 2 * 32, 9 * 32 * 64 + 5 * 9 * 64 * 64 + 6 * 2 * 64
+    stages = (6 * (9 * 16 * 16 + 2 * 16), 9 * 16 * 32 + 5 * 9 * 32 * 32 + 6 * 2 * 32,
+              9 * 32 * 64 + 5 * 9 * 64 * 64 + 6 * 2 * 64)
     assert first + sum(stages) + 64 * 10 + 10 == 269_722 == weights(build('resnet20', nn.ReLU))
 
 
@@ -34,7 +35,8 @@ def test_vit_tiny_weights():
     """ViT-Ti: width 192, 12 blocks, multilayer perceptrons of 768; 64 patches of 4x4 and the class token."""
     block = 2 * (2 * 192) + (192 * 576 + 576) + (192 * 192 + 192) + (192 * 768 + 768) + (768 * 192 + 192)
     patches = 4 * 4 * 3 * 192 + 192
-    assert patches + 192 + 65 * 192 + 12 * block + 2 * 192 + 192 * 10 + 10 == 5_362_762 == weights(build('vit_tiny', nn.GELU))
+    total = patches + 192 + 65 * 192 + 12 * block + 2 * 192 + 192 * 10 + 10
+    assert total == 5_362_762 == weights(build('vit_tiny', nn.GELU))
 
 
 def test_minigpt_weights():
@@ -137,7 +139,8 @@ def test_channels_last_is_kept(relaxed):
     seen = []
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) or module is model.act or isinstance(module, Block):
-            module.register_forward_hook(lambda m, i, out: seen.append(out.is_contiguous(memory_format=torch.channels_last)))
+            module.register_forward_hook(lambda m, inputs, out: seen.append(
+                out.is_contiguous(memory_format=torch.channels_last)))
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     assert len(seen) == 19 + 19 + 1 + 9 and all(seen)
 
@@ -160,7 +163,7 @@ def test_teacher_and_student():
     assert not any(p.requires_grad for p in [*teacher.parameters(), *student.first.parameters()])
     x = torch.randn(4000, 16)
     assert (teacher.first(x).std(0) - 1).abs().max() < 0.06 and teacher.first(x).mean().abs() < 0.02
-    student.last.load_state_dict({**student.last.state_dict(), 'weight': teacher.last.weight, 'bias': teacher.last.bias})
+    student.last.load_state_dict(teacher.last.state_dict())
     assert torch.equal(student(x), teacher(x))
 
 
@@ -223,8 +226,8 @@ def test_options_keep_their_types():
     parser = argparse.ArgumentParser()
     given, _ = options(search.Config, parser, ['--lr', '1e-2', '--batch-size', '7', '--warm-alphas', '--clip', 'none'])
     assert given == {'lr': 0.01, 'batch_size': 7, 'warm_alphas': True, 'clip': None}
-    assert options(search.Config, argparse.ArgumentParser(), ['--no-warm-alphas', '--clip', '3'])[0] == {'warm_alphas': False,
-                                                                                                       'clip': 3.0}
+    given, _ = options(search.Config, argparse.ArgumentParser(), ['--no-warm-alphas', '--clip', '3'])
+    assert given == {'warm_alphas': False, 'clip': 3.0}
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -255,7 +258,8 @@ def test_every_setting_is_used(script):
 @pytest.mark.parametrize('given, word', [
     (dict(model='resnet2'), 'did you mean resnet20'), (dict(preset='papr'), 'did you mean paper'),
     (dict(data='cifar1'), 'did you mean cifar10'), (dict(device='cudda'), 'did you mean cuda'),
-    (dict(optimizer='adam'), 'did you mean adamw'), (dict(batch_size=0), '--batch-size 0'), (dict(lr=math.nan), '--lr nan'),
+    (dict(optimizer='adam'), 'did you mean adamw'), (dict(batch_size=0), '--batch-size 0'),
+    (dict(lr=math.nan), '--lr nan'),
     (dict(dropout=1.0), '--dropout 1.0'), (dict(drops='half'), "--drops 'half'"), (dict(steps=-3), '--steps -3')])
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_impossible_settings(script, given, word):
