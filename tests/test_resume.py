@@ -12,10 +12,12 @@ import pytest
 import search
 
 ROOT = Path(__file__).resolve().parent.parent
-# Everything that has a state: batch norm, momentum, noise in the cell, histograms of inputs, scalars, two rounds of run-off.
-OPTIONS = ['--model', 'resnet20', '--steps', '20', '--batch-size', '2', '--device', 'cpu', '--sampler', 'dirichlet', '--normalise',
-           'scale', '--warmstart', '4', '--shrink-from', '6', '--shrink-until', '17', '--runoff', '4', '--runoff-steps', '2',
-           '--ops', 'identity,tanh,bias,scale,relu,add,mul,mix', '--points', '64', '--checkpoint-every', '0']
+# Everything that has a state: batch norm, momentum, noise in the cell, histograms of inputs, scalars, two rounds of a
+# run-off. 28 reports: 20 steps, then 4 candidates and 2, each round with a report before it.
+OPTIONS = ['--model', 'resnet20', '--steps', '20', '--batch-size', '2', '--device', 'cpu', '--sampler', 'dirichlet',
+           '--normalise', 'scale', '--warmstart', '4', '--shrink-from', '6', '--shrink-until', '17', '--runoff', '4',
+           '--runoff-steps', '2', '--ops', 'identity,tanh,bias,scale,relu,add,mul,mix', '--points', '64',
+           '--checkpoint-every', '0']
 
 
 class Killed(BaseException):
@@ -62,7 +64,7 @@ def run_until(monkeypatch, arguments: list[str], calls: int) -> bool:
         monkeypatch.setattr(search.Run, 'report', original)
 
 
-@pytest.mark.parametrize('moments', [(1,), (2,), (5, 1, 2, 1), (9, 7), (21,), (24,), (26, 1)], ids=str)
+@pytest.mark.parametrize('moments', [(1,), (2,), (9, 7), (21,), (24, 1)], ids=str)
 def test_ended_at_any_moment(moments, reference, tmp_path, monkeypatch):
     """In the warm start, before the first checkpoint, among the drops and in both rounds of the run-off, several times in
     a row: result and log are those of the search that nobody ended."""
@@ -88,9 +90,9 @@ def test_checkpoints_change_nothing(reference, tmp_path, capsys):
     assert before == [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-def start(*arguments: str, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(ROOT / 'search.py'), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(ROOT / 'search.py'), *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -100,18 +102,19 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 def test_kill_9(tmp_path):
-    """Three real kills at moments that nobody chose, one of them at once; the result is that of a process never killed."""
-    options = [*OPTIONS[:OPTIONS.index('--steps')], '--steps', '40', *OPTIONS[OPTIONS.index('--batch-size'):]]
-    whole = start(*options, '--out', str(tmp_path / 'whole'))
+    """Two real kills at moments that nobody chose; the result is that of a process never killed."""
+    options = ['--model', 'toy', '--device', 'cpu', '--steps', '80', '--checkpoint-every', '0', '--sampler', 'dirichlet']
     process = start(*options, '--out', str(tmp_path / 'run'))
-    for delay in (0.0, 0.3, 0.5):
-        wait_for(tmp_path / 'run' / ('checkpoint.pt' if delay else 'config.json'), process)
-        time.sleep(delay)
+    checkpoint, then = tmp_path / 'run' / 'checkpoint.pt', 0.0
+    for _ in range(2):
+        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime > then):
+            time.sleep(0.01)
+        then = checkpoint.stat().st_mtime  # so that the second kill waits for what the second process saves
         process.kill()
         process.communicate()
         process = start('--resume', str(tmp_path / 'run'))
-    assert process.wait(60) == 0, process.communicate()[1]
-    assert whole.wait(60) == 0, whole.communicate()[1]
+    search.main([*options, '--out', str(tmp_path / 'whole')])
+    assert process.wait(100) == 0, process.communicate()[1]
     assert result(tmp_path / 'run') == result(tmp_path / 'whole')
 
 
