@@ -4,9 +4,10 @@
     python tests/bench.py --only resnet20      one network
     python tests/bench.py --growth             how the cost of a bi-level step grows, on resnet20
 
-All contestants of one network are measured in turn, round after round, so that whatever else the machine does meets all
-of them alike; times are medians over the rounds. Steps are whole steps as search.py makes them (batch, drawing, forward,
-backward, clipping of the gradient, optimiser), with the settings of the laptop preset, on random data of the stated size.
+All contestants of one network are measured in turn, round after round, so that whatever else the machine does meets
+all of them alike; times are medians over the rounds. Steps are whole steps as search.py makes them (batch, drawing,
+forward, backward, clipping of the gradient, optimiser), with the settings of the laptop preset (weights at their mean,
+each site's table scaled), on random data of the size of CIFAR-10 or of byte-level text.
 Memory is the growth of the peak resident size of a process of its own, over what it is after a step at batch 2 of
 another such network; there glibc is told to give every large block back when it is freed, so that the peak is what was
 needed and not how the heap happened to be cut up.
@@ -173,7 +174,8 @@ def own_memory(model: str, kind: str, batch: int, step: str) -> float:
 
 def loop(model: str, batch: int) -> float:
     """Milliseconds of a step of search.search itself, its median: a check that the steps above are the real ones."""
-    bench = Bench(model, 'table', batch, steps=20, warmstart=0, shrink='none', shrink_from=17, shrink_until=18, runoff=0)
+    bench = Bench(model, 'table', batch, steps=20, warmstart=0, shrink='none', shrink_from=17, shrink_until=18,
+                  runoff=0)
     stamps: list[float] = []
     search(bench.model, bench.train, bench.val, cross_entropy, bench.config,
            lambda row, snapshot: stamps.append(time.perf_counter()))
@@ -194,7 +196,8 @@ def compare(model: str, rounds: int, mb: dict[str, float]) -> dict[str, float]:
     ms = medians({'plain': plain.plain_step, 'weight': table.weight_step, 'arch': table.arch_step,
                   'opbyop': slow.opbyop_step, 'draw': table.drawing, 'batch': table.batching}, rounds)
     bilevel = ms['weight'] + ms['arch']
-    result = dict(plain_ms=ms['plain'], weight_ms=ms['weight'], arch_ms=ms['arch'], bilevel_over_plain=bilevel / ms['plain'],
+    result = dict(plain_ms=ms['plain'], weight_ms=ms['weight'], arch_ms=ms['arch'],
+                  bilevel_over_plain=bilevel / ms['plain'],
                   opbyop_over_table=ms['opbyop'] * batch / few / bilevel,
                   memory_over_plain=mb['table'] / mb['plain'], plain_mb=mb['plain'], bilevel_mb=mb['table'],
                   draw_share=ms['draw'] / bilevel, batch_share=ms['batch'] / bilevel,
@@ -256,8 +259,9 @@ def main() -> None:
     mb = {model: {kind: memory(model, kind, SIZES[model]['batch'], step)  # first, while this process is small itself
                   for kind, step in (('plain', 'plain_step'), ('table', 'bilevel_step'))} for model in models}
     results = {model: compare(model, given.rounds, mb[model]) for model in models}
-    table(['network', 'batch', 'plain step, ms', 'weight step, ms', 'architecture step, ms', '(weight + architecture) / plain',
-           'op by op / table *', 'memory / plain', 'drawing', 'batching', 'step of search.py, ms'],
+    table(['network', 'batch', 'plain step, ms', 'weight step, ms', 'architecture step, ms',
+           '(weight + architecture) / plain', 'op by op / table *', 'memory / plain', 'drawing', 'batching',
+           'step of search.py, ms'],
           [[model, SIZES[model]['batch'], r['plain_ms'], r['weight_ms'], r['arch_ms'], r['bilevel_over_plain'],
             r['opbyop_over_table'], r['memory_over_plain'], f"{100 * r['draw_share']:.1f} %",
             f"{100 * r['batch_share']:.1f} %", r['search_ms']] for model, r in results.items()])
