@@ -52,8 +52,8 @@ def random_expression(generator: torch.Generator, ops: str = 'base') -> str:
 
 POINTS, LIMIT = 8193, 12.0
 # 8,192 steps of 3/1024. Of 1,000 random cells 99.6 % keep |table - op by op| <= 1e-3 at every x in [-12, 12] that is
-# more than a step from a kink or jump; of 4,097 points 94 %, of 6,145 95 % (there sqrt alone misses it), of 24,577 99.9 %.
-# More would make drawing, whose cost is proportional, dearer. An odd number puts a grid point on 0, where most kinks
+# more than a step from a kink or jump; with 4,097 points 94 %, with 6,145 95 % (sqrt alone misses it), with 24,577
+# 99.9 %. More would make drawing, whose cost is proportional, dearer. An odd number puts a grid point on 0, where most kinks
 # are: ReLU and its like are exact. A step that is a short binary number leaves no rounding in the grid.
 
 CHUNK = 1 << 18  # elements that a CPU looks up at a time: what stands between two operations stays in its cache
@@ -140,7 +140,8 @@ class Lookup(torch.autograd.Function):
 @torch.no_grad()
 def lines(values: Tensor, grid: Tensor) -> Tensor:
     """(..., points) values of functions on the grid -> (..., points - 1, 2): y = intercept + slope * x by interval."""
-    slope = values.diff() * ((len(grid) - 1) / (grid[-1] - grid[0]))  # subtle: grid[1] - grid[0] would be mostly rounding
+    # subtle: the step is not grid[1] - grid[0], whose last digits are rounding
+    slope = values.diff() * ((len(grid) - 1) / (grid[-1] - grid[0]))
     return torch.stack([values[..., :-1] - slope * grid[:-1], slope], -1)
 
 

@@ -32,8 +32,8 @@ from torch import Tensor
 
 import data
 from activation import named
-from cell import Cell, Tabulated
-from models import STANDARD, cross_entropy, configure, network, weight_optimizer
+from cell import Cell, Tabulated, dense, in_memory_order
+from models import STANDARD, configure, cross_entropy, network, weight_optimizer
 from search import PRESETS, Config, bound, frozen, new_cell, search
 
 # batch: the stated one; few: that of the cell op by op, which would need minutes and tens of GB at the stated one
@@ -60,25 +60,26 @@ class Reference(nn.Module):
         self._cell = (cell,)  # in a tuple, as in cell.Site
 
     def forward(self, x: Tensor) -> Tensor:
-        cell = self._cell[0]
-        return cell.evaluate(x.flatten(), [w[:1] for w in cell.weights()]).view(x.shape)
+        cell, x = self._cell[0], dense(x)
+        y = cell.evaluate(in_memory_order(x), [w[:1] for w in cell.weights()])
+        return y[0].as_strided(x.shape, x.stride())
 
 
 class Bench:
     """A network with one kind of activation, and its steps as in search.search.
 
-    kind: 'plain' (standard activation), 'table' (the cell through tables), 'opbyop', or anything that `named` takes,
-    op by op or, after a 'table:', through a table.
+    kind: 'plain' (standard activation), 'table' (the cell through tables), 'one site' (of it), 'opbyop', or anything
+    that `named` takes, op by op or, after a 'table:', through a table.
     """
 
     def __init__(self, model: str, kind: str, batch: int, **options: Any):
         torch.manual_seed(0)
-        self.config = configure(Config, PRESETS, dict(model=model, batch_size=batch, device='cpu', **options))
+        self.config = configure(Config, PRESETS, dict(model=model, batch_size=batch, device='cpu', lr=1e-3, **options))
         self.cell = new_cell(self.config)
         dataset = dataset_for(model)
         make: Callable[[], nn.Module] = {
             'plain': {'relu': nn.ReLU, 'gelu': nn.GELU}[STANDARD[model]], 'table': self.cell.site,
-            'opbyop': lambda: Reference(self.cell), 'few sites': few_sites(self.cell),
+            'opbyop': lambda: Reference(self.cell), 'one site': one_site(self.cell),
         }.get(kind, lambda: Tabulated(named(kind[6:])) if kind.startswith('table:') else named(kind))
         self.model = network(self.config, make, dataset).train()
         train, val = data.split(dataset, 0)
@@ -214,7 +215,7 @@ def found(rounds: int) -> None:
     table(['activation', 'ms', 'MB'], [[name, ms[name], mb[name]] for name in kinds])
 
 
-def few_sites(cell: Cell) -> Callable[[], nn.Module]:
+def one_site(cell: Cell) -> Callable[[], nn.Module]:
     """Makes one site of the cell, the first, and ReLU after that."""
     made = itertools.count()
     return lambda: cell.site() if next(made) == 0 else nn.ReLU()
@@ -226,7 +227,7 @@ def growth(rounds: int) -> None:
     settings: dict[str, dict[str, dict[str, Any]]] = {
         'unary and binary operations': {f'{len(Cell(ops).ops[0])} and {len(Cell(ops).ops[2])}': dict(ops=ops)
                                         for ops in ('identity,relu,tanh,add,mul', 'base', every)},
-        'sites (the other 18 are ReLU)': {'1': dict(kind='few sites'), '19': {}},
+        'sites (the other 18 are ReLU)': {'1': dict(kind='one site'), '19': {}},
         'grid points': {f'{24 * k + 1:,}': dict(points=24 * k + 1) for k in (43, 171, 512, 1365)},
         'sampler': {name: dict(sampler=name) for name in ('mean', 'dirichlet')},
         'batch': {str(n): dict(batch=n) for n in (16, 64, 256)},

@@ -1,4 +1,7 @@
 """The cell: tables against the op-by-op reference, gradients against finite differences, shrinking, text round trips."""
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
@@ -145,6 +148,24 @@ def test_chunks_change_nothing(monkeypatch):
         y = Lookup.apply(x, values, lines(values, grid), LIMIT)
         results.append((y, *torch.autograd.grad(y, (x, values), g)))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize('make', [lambda: Activation('mul(sigmoid(x), x)'), lambda: Tabulated(named('gelu')),
+                                  lambda: Cell(points=65).site()])
+def test_inputs_are_let_go(make):
+    """Nothing but autograd may hold on to an activation's input: reference cycles here once cost half of the memory of a
+    training step, until the garbage collector came by."""
+    f = make()
+    gc.disable()
+    try:
+        x = torch.randn(8)
+        alive = weakref.ref(x)
+        with torch.no_grad():
+            f(x)
+        del x
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 # -- the relaxed cell
