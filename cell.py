@@ -52,10 +52,10 @@ def random_expression(generator: torch.Generator, ops: str = 'base') -> str:
 # The table: piecewise linear between the points of a uniform grid.
 
 POINTS, LIMIT = 8193, 12.0
-# 8,192 steps of 3/1024. Of 1,000 random cells 99.6 % keep |table - op by op| <= 1e-3 at every x in [-12, 12] that is more
-# than a step from a kink or jump; with 4,097 points 94 %, with 6,145 95 % (there sqrt alone misses it), with 24,577 99.9 %.
-# More would make drawing, whose cost is proportional, dearer. An odd number puts a grid point on 0, where most kinks are:
-# ReLU and its like are exact. A step that is a short binary number leaves no rounding in the grid.
+# 8,192 steps of 3/1024. Of 1,000 random cells 99.6 % keep |table - op by op| <= 1e-3 at every x in [-12, 12] that is
+# more than a step from a kink or jump; with 4,097 points 94 %, with 6,145 95 % (sqrt alone misses it), with 24,577
+# 99.9 %. More would make drawing, whose cost is proportional, dearer. An odd number puts a grid point on 0, where most kinks
+# are: ReLU and its like are exact. A step that is a short binary number leaves no rounding in the grid.
 
 CHUNK = 1 << 18  # elements that a CPU looks up at a time: what stands between two operations stays in its cache
 SCRATCH: dict[torch.device, Tensor] = {}  # fresh memory costs more than all the arithmetic of a lookup
@@ -125,23 +125,24 @@ class Lookup(torch.autograd.Function):
         if g.stride() != index.stride():
             g = torch.empty_like(index, dtype=g.dtype).copy_(g)
         dx, slope = torch.empty_like(g), lines[:, 1].contiguous()
-        sums = torch.zeros(16, len(lines), dtype=g.dtype, device=g.device) if ctx.needs_input_grad[1] else None
+        to_x, to_values = ctx.needs_input_grad[:2]  # no x at the first site of a network whose weights are frozen
+        sums = torch.zeros(16 if to_values else 0, len(lines), dtype=g.dtype, device=g.device)
         for g_, dx_, i_ in chunks(g, dx, index):
             i = as_rows(i_)
-            if sums is not None:
+            if to_values:
                 sums[:len(i)].scatter_add_(1, i, g_.view(i.shape))
-            torch.gather(slope.expand(len(i), -1), 1, i, out=dx_.view(i.shape))
-            dx_.mul_(g_)
-        if sums is None:
-            return dx, None, None, None
+            if to_x:
+                torch.gather(slope.expand(len(i), -1), 1, i, out=dx_.view(i.shape))
+                dx_.mul_(g_)
         half = sums.sum(0) / 2
-        return dx, F.pad(half, (0, 1)) + F.pad(half, (1, 0)), None, None
+        return dx if to_x else None, F.pad(half, (0, 1)) + F.pad(half, (1, 0)) if to_values else None, None, None
 
 
 @torch.no_grad()
 def lines(values: Tensor, grid: Tensor) -> Tensor:
     """(..., points) values of functions on the grid -> (..., points - 1, 2): y = intercept + slope * x by interval."""
-    slope = values.diff() * ((len(grid) - 1) / (grid[-1] - grid[0]))  # subtle: grid[1] - grid[0] would be mostly rounding
+    # subtle: the step is not grid[1] - grid[0], whose last digits are rounding
+    slope = values.diff() * ((len(grid) - 1) / (grid[-1] - grid[0]))
     return torch.stack([values[..., :-1] - slope * grid[:-1], slope], -1)
 
 
@@ -286,8 +287,8 @@ class Cell(nn.Module):
 
     @torch.no_grad()
     def observe(self, index: int, x: Tensor) -> None:
-        """Add a sample of the inputs of site `index` to its histogram: some 2,000, which over the 20 steps that the running
-        mean looks back is plenty for a moment. A larger one would cost: each of them is a cache line of its own."""
+        """Add a sample of the inputs of site `index` to its histogram: some 2,000, which over the 20 steps that the
+        running mean looks back is plenty for a moment. More would cost: each of them is a cache line of its own."""
         x = in_memory_order(dense(x.detach()))
         x = x[::x.numel() // 2048 | 1].float()  # an odd stride, or it would see the same few channels only
         bin = ((x + self.limit) * (BINS / (2 * self.limit))).nan_to_num(0.0).clamp(0, BINS - 1).long()

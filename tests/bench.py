@@ -4,9 +4,10 @@
     python tests/bench.py --only resnet20      one network
     python tests/bench.py --growth             how the cost of a bi-level step grows, on resnet20
 
-All contestants of one network are measured in turn, round after round, so that whatever else the machine does meets all
-of them alike; times are medians over the rounds. Steps are whole steps as search.py makes them (batch, drawing, forward,
-backward, clipping of the gradient, optimiser), with the settings of the laptop preset, on random data of the stated size.
+All contestants of one network are measured in turn, round after round, so that whatever else the machine does meets
+all of them alike; times are medians over the rounds. Steps are whole steps as search.py makes them (batch, drawing,
+forward, backward, clipping of the gradient, optimiser), with the settings of the laptop preset (weights at their mean,
+each site's table scaled), on random data of the size of CIFAR-10 or of byte-level text.
 Memory is the growth of the peak resident size of a process of its own, over what it is after a step at batch 2 of
 another such network; there glibc is told to give every large block back when it is freed, so that the peak is what was
 needed and not how the heap happened to be cut up.
@@ -31,8 +32,8 @@ from torch import Tensor
 
 import data
 from activation import named
-from cell import Cell, Tabulated
-from models import STANDARD, cross_entropy, configure, network, weight_optimizer
+from cell import Cell, Tabulated, dense, in_memory_order
+from models import STANDARD, configure, cross_entropy, network, weight_optimizer
 from search import PRESETS, Config, bound, frozen, new_cell, search
 
 # batch: the stated one; few: that of the cell op by op, which would need minutes and tens of GB at the stated one
@@ -59,25 +60,26 @@ class Reference(nn.Module):
         self._cell = (cell,)  # in a tuple, as in cell.Site
 
     def forward(self, x: Tensor) -> Tensor:
-        cell = self._cell[0]
-        return cell.evaluate(x.flatten(), [w[:1] for w in cell.weights()]).view(x.shape)
+        cell, x = self._cell[0], dense(x)
+        y = cell.evaluate(in_memory_order(x), [w[:1] for w in cell.weights()])
+        return y[0].as_strided(x.shape, x.stride())
 
 
 class Bench:
     """A network with one kind of activation, and its steps as in search.search.
 
-    kind: 'plain' (standard activation), 'table' (the cell through tables), 'opbyop', or anything that `named` takes,
-    op by op or, after a 'table:', through a table.
+    kind: 'plain' (standard activation), 'table' (the cell through tables), 'one site' (of it), 'opbyop', or anything
+    that `named` takes, op by op or, after a 'table:', through a table.
     """
 
     def __init__(self, model: str, kind: str, batch: int, **options: Any):
         torch.manual_seed(0)
-        self.config = configure(Config, PRESETS, dict(model=model, batch_size=batch, device='cpu', **options))
+        self.config = configure(Config, PRESETS, dict(model=model, batch_size=batch, device='cpu', lr=1e-3, **options))
         self.cell = new_cell(self.config)
         dataset = dataset_for(model)
         make: Callable[[], nn.Module] = {
             'plain': {'relu': nn.ReLU, 'gelu': nn.GELU}[STANDARD[model]], 'table': self.cell.site,
-            'opbyop': lambda: Reference(self.cell), 'few sites': few_sites(self.cell),
+            'opbyop': lambda: Reference(self.cell), 'one site': one_site(self.cell),
         }.get(kind, lambda: Tabulated(named(kind[6:])) if kind.startswith('table:') else named(kind))
         self.model = network(self.config, make, dataset).train()
         train, val = data.split(dataset, 0)
@@ -173,7 +175,8 @@ def own_memory(model: str, kind: str, batch: int, step: str) -> float:
 
 def loop(model: str, batch: int) -> float:
     """Milliseconds of a step of search.search itself, its median: a check that the steps above are the real ones."""
-    bench = Bench(model, 'table', batch, steps=20, warmstart=0, shrink='none', shrink_from=17, shrink_until=18, runoff=0)
+    bench = Bench(model, 'table', batch, steps=20, warmstart=0, shrink='none', shrink_from=17, shrink_until=18,
+                  runoff=0)
     stamps: list[float] = []
     search(bench.model, bench.train, bench.val, cross_entropy, bench.config,
            lambda row, snapshot: stamps.append(time.perf_counter()))
@@ -194,7 +197,8 @@ def compare(model: str, rounds: int, mb: dict[str, float]) -> dict[str, float]:
     ms = medians({'plain': plain.plain_step, 'weight': table.weight_step, 'arch': table.arch_step,
                   'opbyop': slow.opbyop_step, 'draw': table.drawing, 'batch': table.batching}, rounds)
     bilevel = ms['weight'] + ms['arch']
-    result = dict(plain_ms=ms['plain'], weight_ms=ms['weight'], arch_ms=ms['arch'], bilevel_over_plain=bilevel / ms['plain'],
+    result = dict(plain_ms=ms['plain'], weight_ms=ms['weight'], arch_ms=ms['arch'],
+                  bilevel_over_plain=bilevel / ms['plain'],
                   opbyop_over_table=ms['opbyop'] * batch / few / bilevel,
                   memory_over_plain=mb['table'] / mb['plain'], plain_mb=mb['plain'], bilevel_mb=mb['table'],
                   draw_share=ms['draw'] / bilevel, batch_share=ms['batch'] / bilevel,
@@ -211,7 +215,7 @@ def found(rounds: int) -> None:
     table(['activation', 'ms', 'MB'], [[name, ms[name], mb[name]] for name in kinds])
 
 
-def few_sites(cell: Cell) -> Callable[[], nn.Module]:
+def one_site(cell: Cell) -> Callable[[], nn.Module]:
     """Makes one site of the cell, the first, and ReLU after that."""
     made = itertools.count()
     return lambda: cell.site() if next(made) == 0 else nn.ReLU()
@@ -223,7 +227,7 @@ def growth(rounds: int) -> None:
     settings: dict[str, dict[str, dict[str, Any]]] = {
         'unary and binary operations': {f'{len(Cell(ops).ops[0])} and {len(Cell(ops).ops[2])}': dict(ops=ops)
                                         for ops in ('identity,relu,tanh,add,mul', 'base', every)},
-        'sites (the other 18 are ReLU)': {'1': dict(kind='few sites'), '19': {}},
+        'sites (the other 18 are ReLU)': {'1': dict(kind='one site'), '19': {}},
         'grid points': {f'{24 * k + 1:,}': dict(points=24 * k + 1) for k in (43, 171, 512, 1365)},
         'sampler': {name: dict(sampler=name) for name in ('mean', 'dirichlet')},
         'batch': {str(n): dict(batch=n) for n in (16, 64, 256)},
@@ -256,8 +260,9 @@ def main() -> None:
     mb = {model: {kind: memory(model, kind, SIZES[model]['batch'], step)  # first, while this process is small itself
                   for kind, step in (('plain', 'plain_step'), ('table', 'bilevel_step'))} for model in models}
     results = {model: compare(model, given.rounds, mb[model]) for model in models}
-    table(['network', 'batch', 'plain step, ms', 'weight step, ms', 'architecture step, ms', '(weight + architecture) / plain',
-           'op by op / table *', 'memory / plain', 'drawing', 'batching', 'step of search.py, ms'],
+    table(['network', 'batch', 'plain step, ms', 'weight step, ms', 'architecture step, ms',
+           '(weight + architecture) / plain', 'op by op / table *', 'memory / plain', 'drawing', 'batching',
+           'step of search.py, ms'],
           [[model, SIZES[model]['batch'], r['plain_ms'], r['weight_ms'], r['arch_ms'], r['bilevel_over_plain'],
             r['opbyop_over_table'], r['memory_over_plain'], f"{100 * r['draw_share']:.1f} %",
             f"{100 * r['batch_share']:.1f} %", r['search_ms']] for model, r in results.items()])

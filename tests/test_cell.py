@@ -1,10 +1,13 @@
 """The cell: tables against the op-by-op reference, gradients against finite differences, shrinking, text round trips."""
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
 
-from cell import (CHOICES, LIMIT, POINTS, SAMPLERS, Cell, Lookup, Site, Tabulated, cell_expression, lines, random_expression,
-                  uniform_grid)
+from cell import (CHOICES, LIMIT, POINTS, SAMPLERS, Cell, Lookup, Site, Tabulated, cell_expression, lines,
+                  random_expression, uniform_grid)
 from activation import Activation, named
 from models import build
 from ops import ALL, select
@@ -59,7 +62,7 @@ def test_lookup_keeps_nan_and_half_precision():
 
 
 def branches(f: Activation, x: torch.Tensor) -> torch.Tensor:
-    """(len(x) - 1,) whether a kink or jump of f lies between neighbours of x: where, inside f, an operation goes over to
+    """(len(x) - 1,) whether a kink or jump of f lies between neighbours of x, because inside f an operation goes over to
     another branch: the sign of an input of relu and its like, the larger input of max, whether a clip is active."""
     found = torch.zeros(len(x) - 1, dtype=torch.bool)
 
@@ -87,8 +90,8 @@ def branches(f: Activation, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize('cells', [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_table_against_op_by_op_on_random_cells(cells):
-    """Float32 tables against float64 mathematics: |table - op by op| <= 1e-3 at every x in [-12, 12] that is more than a
-    grid step from a kink or jump, for 98 % of random cells (of 1,000, 99.6 %).
+    """Float32 tables against float64 mathematics: |table - op by op| <= 1e-3 at every x in [-12, 12] that is more than
+    a grid step from a kink or jump, for 98 % of random cells (of 1,000, 99.6 %).
 
     The rest bend faster than the grid can follow, x^27 on its way to the clip for one; theirs holds for 99 % of x.
     """
@@ -126,8 +129,9 @@ def test_index_of_every_interval(points):
     no rounding into the neighbour, in float32 and float64."""
     for dtype in (torch.float32, torch.float64):
         grid = uniform_grid(points, LIMIT).to(dtype)
-        line = torch.stack([torch.arange(points - 1), torch.zeros(points - 1)], 1).to(dtype)  # y = number of the interval
-        x = torch.cat([torch.tensor([-1e30, -LIMIT - 1]), (grid[1:] + grid[:-1]) / 2, torch.tensor([LIMIT, 1e30])]).to(dtype)
+        line = torch.stack([torch.arange(points - 1), torch.zeros(points - 1)], 1).to(dtype)  # y: the interval's number
+        middle = (grid[1:] + grid[:-1]) / 2
+        x = torch.cat([torch.tensor([-1e30, -LIMIT - 1]), middle, torch.tensor([LIMIT, 1e30])]).to(dtype)
         y = Lookup.apply(x, grid, line, LIMIT)
         assert torch.equal(y[2:-2], line[:, 0]) and y[:2].eq(0).all() and y[-2:].eq(points - 2).all()
 
@@ -144,6 +148,24 @@ def test_chunks_change_nothing(monkeypatch):
         y = Lookup.apply(x, values, lines(values, grid), LIMIT)
         results.append((y, *torch.autograd.grad(y, (x, values), g)))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize('make', [lambda: Activation('mul(sigmoid(x), x)'), lambda: Tabulated(named('gelu')),
+                                  lambda: Cell(points=65).site()])
+def test_inputs_are_let_go(make):
+    """Nothing but autograd may hold on to an activation's input: reference cycles here once cost half of the memory of a
+    training step, until the garbage collector came by."""
+    f = make()
+    gc.disable()
+    try:
+        x = torch.randn(8)
+        alive = weakref.ref(x)
+        with torch.no_grad():
+            f(x)
+        del x
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 # -- the relaxed cell
@@ -243,8 +265,10 @@ def gradients_two_ways(ops: str, sampler: str) -> list[tuple[torch.Tensor, torch
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return cell.evaluate(x.flatten(), self.row).view(x.shape)
-    for m, name in [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, Site)]:
-        setattr(m, name, Reference(getattr(m, name).index))
+    for m in list(model.modules()):
+        for name, child in list(m.named_children()):
+            if isinstance(child, Site):
+                setattr(m, name, Reference(child.index))
     return list(zip(by_table, step()))
 
 
