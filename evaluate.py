@@ -226,10 +226,13 @@ def append(path: Path, row: dict[str, Any]) -> None:
     line = json_line(row) if row else b''
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
         with open(path, 'a+b', buffering=0) as file:
             if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b'\n':
                 line = b'\n' + line  # a kill cut the last line; do not write on behind it
             write_line(file, line, path)
+        if new and not row:
+            path.unlink()
     except OSError as error:
         raise ValueError(f'cannot write {path}: {error.strerror}; choose another ledger with --out') from None
 
@@ -497,14 +500,14 @@ def main(arguments: Optional[list[str]] = None) -> None:
     with one_line_errors(lambda: 'the same command goes on where it was'):
         chosen, given = options(Config, parser, arguments)
         config = configure(Config, PRESETS, chosen)
-        if given.card:
+        if given.card is not None:
             print(card(resolve(given.card)))
             return
-        reference = resolve(given.against or STANDARD[config.model])
+        reference = resolve(STANDARD[config.model] if given.against is None else given.against)
         if given.report:
             rows = [row for path in given.report for row in read_ledger(Path(path))]
             if not rows:
-                raise ValueError(f"no runs in {', '.join(given.report)}; a ledger is what a finished run is written to, see --out")
+                raise ValueError(f"no runs in {', '.join(given.report)}; a ledger is the file that --out names")
             print(report(rows, given.against and reference.name, given.metric))
         else:
             if not 0 <= given.random <= 10_000:
@@ -516,7 +519,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
             rows = evaluate(list(candidates.values()), config, seeds_of(given.seeds), lambda line: print(line, flush=True))
             print('\n' + report(rows, reference.name, given.metric))
             print(f'\nledger: {config.out}   the table again: python evaluate.py --report {config.out}')
-        if given.figures:
+        if given.figures is not None:
             print(figures(rows, reference.name, Path(given.figures)))
 
 
