@@ -244,6 +244,7 @@ def text_dataset(name: str, paths: list[Path], tokens: str) -> Dataset:
         if cut < len(END):
             raise DataError(f'{paths[0]}: all but the end of the text is one story; it is damaged, fetch it again')
         texts = [texts[0][:cut], texts[0][cut:].lstrip()]
+    texts = [text.rstrip() + b'\n' for text in texts]  # or a marker at the very end would stay in the text
     if tokens == 'bytes':
         parts = [torch.frombuffer(bytearray(text.replace(f'\n{END}\n'.encode(), b'\0')), dtype=torch.uint8)
                  for text in texts]

@@ -21,11 +21,12 @@ import torch
 import torch.nn as nn
 
 import data
-from activation import Activation, named
+import figures
+from activation import NAMED, Activation, gallery, named
 from cell import Tabulated, random_expression
 from models import (STANDARD, Parser, Training, bytes_kept, check_memory, configure, cross_entropy, json_line,
                     learning_rate, memory_needed, network, one_line_errors, option, options, parse_json, read_json,
-                    weight_optimizer, write_line)
+                    standard_of, weight_optimizer, write_line)
 from ops import valid
 
 
@@ -48,7 +49,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         'resnet20': dict(data='cifar10_16', steps=800, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.0, warmup=0.05,
                          weight_decay=5e-4),
         'vit_tiny': dict(data='cifar10_16', steps=250, batch_size=32, lr=5e-4, lr_end=0.0, warmup=0.1, weight_decay=0.05),
-        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, lr=1e-3, lr_end=0.1, warmup=0.1,
+        # lr: the best of 1, 2, 3 and 4 e-3 for GELU by a margin (at 1e-3 the loss hardly leaves the plateau at 2.1)
+        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
                         weight_decay=0.1),
         'toy': dict(data='cifar10_16', steps=2000, batch_size=64, lr=1e-3, lr_end=0.1),
     },
@@ -75,16 +77,19 @@ class Candidate(NamedTuple):
 
 
 def resolve(text: str) -> Candidate:
-    """A run folder, a path to activation.json, a known name, random_0, random_1 ..., or an expression.
+    """A run folder, a path to activation.json, a known name or one of the gallery, random_0, random_1 ..., an expression.
 
     Raises ValueError, one line, for what is none of these.
     """
     path = Path(text)
-    if path.suffix == '.json' or len(text) < 1000 and path.is_dir():  # a longer one is no path, and some systems balk
-        return from_file(path / 'activation.json' if path.is_dir() else path)
+    # a text of over 1,000 characters is no path, and some systems balk at it
+    if text.strip() and text not in NAMED and len(text) < 1000 and (path.is_dir() or path.suffix == '.json' or '/' in text):
+        return from_file(path if path.suffix == '.json' else path / 'activation.json')
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return Candidate(text, Activation(random_expression(torch.Generator().manual_seed(int(match[1])))))
-    return Candidate(text.replace(' ', ''), named(text))
+    activation, name = named(text), text.replace(' ', '')
+    entry = gallery().get(name) if name not in NAMED and re.fullmatch(r'[\w-]+', name) else None
+    return Candidate(name, activation, f'{entry.model}/{entry.data}' if entry else '')
 
 
 def from_file(path: Path) -> Candidate:
@@ -94,7 +99,7 @@ def from_file(path: Path) -> Candidate:
         expression, clip = content['expression'], content['clip']
         if not isinstance(expression, str) or not (clip is None or isinstance(clip, (int, float)) and 0 < clip < 1e12):
             raise TypeError('expression must be a text, clip a number above 0 or null')
-        name = path.parent.name if path.name == 'activation.json' else path.stem
+        name = path.resolve().parent.name if path.name == 'activation.json' else path.stem
         return Candidate(name, Activation(expression, clip), f"{content.get('model', '?')}/{content.get('data', '?')}")
     except OSError as error:
         raise ValueError(f'cannot read {path}: {error.strerror}; a finished search leaves it in its run folder') from None
@@ -109,6 +114,9 @@ def from_file(path: Path) -> Candidate:
 def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
     """Train the network from scratch with this activation; the row of the ledger."""
     torch.manual_seed(seed)
+    cuda = config.device.startswith('cuda')
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     activation = Activation(candidate.activation.expression, candidate.activation.clip)
     activation.requires_grad_(not config.freeze)
     module = Tabulated(activation) if config.table else activation
@@ -129,8 +137,9 @@ def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: i
         for _ in range(config.accumulate):
             x, y = next(batches)
             if step == 0:
-                kept = bytes_kept(lambda: cross_entropy(model(x), y), model.parameters())
-            loss = cross_entropy(model(x), y)
+                kept, loss = bytes_kept(lambda: cross_entropy(model(x), y), model.parameters())
+            else:
+                loss = cross_entropy(model(x), y)
             (loss / config.accumulate).backward()
             total += loss.detach() / config.accumulate
         if config.grad_clip:
@@ -147,14 +156,17 @@ def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: i
                 break
             curve.append([step + 1, round(mean, 5)])
     metrics = dict(test_loss=math.inf, test_accuracy=0.0) if diverged else test(model, dataset, config)
-    diverged = diverged or not math.isfinite(metrics['test_loss'])
+    # A network that knows nothing scores log(classes): a loss ten times as high is no result either, though finite.
+    diverged = diverged or not metrics['test_loss'] <= 10 * math.log(dataset.classes)
     return {'name': candidate.name, 'expression': candidate.activation.expression, 'clip': candidate.activation.clip,
             'searched': candidate.searched, 'seed': seed, 'settings': settings(config),
             **{key: None if not math.isfinite(value) else value for key, value in metrics.items()},
             'train_loss': curve[-1][1] if curve and not diverged else None, 'diverged': diverged,
             'learned': [round(s.item(), 6) for s in activation.scalars], 'curve': curve,
             'seconds': round(time.monotonic() - started, 1), 'ms_step': round(1e3 * statistics.median(paces or [0]), 2),
-            'mb_kept': round(kept / 1e6, 2), 'torch': torch.__version__, 'device': device_name(config.device),
+            'mb_kept': round(kept / 1e6, 2),
+            'mb_peak': round(torch.cuda.max_memory_allocated() / 1e6, 2) if cuda else None,
+            'python': sys.version.split()[0], 'torch': torch.__version__, 'device': device_name(config.device),
             'threads': torch.get_num_threads()}
 
 
@@ -290,6 +302,8 @@ def compare(values: dict[int, float], reference: dict[int, float], higher: bool)
 def verdict(c: Comparison, higher: bool, diverged: int, reference_diverged: int) -> str:
     if diverged > reference_diverged:
         return f'worse: {diverged} diverged'
+    if diverged < reference_diverged:
+        return 'better: the reference diverged more often'
     if c.n < 2 or abs(c.mean) <= c.half:
         return f"cannot tell with {c.n} seed{'s' * (c.n != 1)}" if c.mean != 0 or c.half else 'the same'
     return 'better' if (c.mean > 0) == higher else 'worse'
@@ -299,8 +313,11 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
     """The table of one group of comparable rows, the best first, as text that is also Markdown."""
     higher, key = metric == 'accuracy', f'test_{metric}'
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row['name'], []).append(row)
+    functions: dict[str, list[Any]] = {}
+    for row in rows:  # a joined ledger may call two functions by one name: the second is told apart by its expression
+        function = [row['expression'], row['clip']]
+        same = functions.setdefault(row['name'], function) == function
+        groups.setdefault(row['name'] if same else f"{row['name']} = {row['expression']}", []).append(row)
     place = f"{rows[0]['settings']['model']}/{rows[0]['settings']['data']}"
 
     def finite(group: list[dict[str, Any]], field: str) -> list[float]:
@@ -315,8 +332,9 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
     by_seed = {row['seed']: row[key] for row in reference if not row['diverged']}
     worst = -math.inf if higher else math.inf
     order = sorted(groups, key=lambda name: statistics.fmean(finite(groups[name], key) or [worst]), reverse=higher)
+    memory = 'mb_peak' if all(row.get('mb_peak') for row in rows) else 'mb_kept'  # a CPU does not count its peak
     lines = [['activation', 'seeds', f'test {metric}', f'minus {against}', '95 % interval', 'wins', 'verdict', 'test loss' if
-              higher else 'test accuracy', 'train loss', 'ms/step', 'MB kept', 'diverged']]
+              higher else 'test accuracy', 'train loss', 'ms/step', memory.replace('mb_', 'MB '), 'diverged']]
     for name in order:
         group = groups[name]
         c = compare({row['seed']: row[key] for row in group if not row['diverged']}, by_seed, higher)
@@ -330,7 +348,7 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
         lines.append([label, str(len(group)), spread(finite(group, key)), *judged,
                       spread(finite(group, 'test_loss' if higher else 'test_accuracy')), spread(finite(group, 'train_loss')),
                       f"{statistics.median(row['ms_step'] for row in group):.0f}",
-                      f"{statistics.median(row['mb_kept'] for row in group):.0f}", str(diverged)])
+                      f"{statistics.median(row[memory] for row in group):.1f}", str(diverged)])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     lines.insert(1, ['-' * width for width in widths])
     return '\n'.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |' for line in lines)
@@ -350,7 +368,7 @@ def report(rows: list[dict[str, Any]], against: Optional[str], metric: Optional[
         text.append(f"{model} on {s['data']}, {s['steps']} steps of {s['batch_size'] * s['accumulate']}, lr {s['lr']:g}"
                     f"{', scalars frozen' if s.get('freeze') else ''}{', by table' if s.get('table') else ''}; "
                     f"{len(runs)} runs on {devices}\n\n"
-                    + table(runs, against or STANDARD.get(model, 'relu'), metric or ('loss' if model == 'minigpt' else 'accuracy')))
+                    + table(runs, against or STANDARD.get(model, 'relu'), metric or ('loss' if s['data'].startswith('tinystories') else 'accuracy')))
     return '\n\n'.join(text)
 
 
@@ -360,7 +378,7 @@ def report(rows: list[dict[str, Any]], against: Optional[str], metric: Optional[
 def card(candidate: Candidate) -> str:
     """What a function is like and what it costs: forward and backward of a million elements against ReLU."""
     f = candidate.activation
-    x = torch.linspace(-5, 5, 10_001, dtype=torch.float64, requires_grad=True)
+    x = (torch.arange(-5000, 5001, dtype=torch.float64) / 1000).requires_grad_()  # 0 is among them, exactly
     f64 = Activation(f.expression, f.clip).double()
     y = f64(x)
     slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)  # 0 * x: a constant does not depend on x
@@ -381,7 +399,7 @@ def card(candidate: Candidate) -> str:
             times[name][1].append(time.perf_counter() - middle)
     ms = {name: [1e3 * statistics.median(t) for t in both] for name, both in times.items()}
     # of the sum with x, for functions that keep nothing
-    kept = {name: bytes_kept(lambda: function(sample), [sample]) / size for name, function in contestants.items()}
+    kept = {name: bytes_kept(lambda: function(sample), [sample])[0] / size for name, function in contestants.items()}
     lines = [f'expression       {f.expression}', f'formula          {f.formula}',
              f'range            {y.min().item():.4g} to {y.max().item():.4g} on [-5, 5]',
              f'slope            {slope.min().item():.4g} to {slope.max().item():.4g}',
@@ -391,63 +409,6 @@ def card(candidate: Candidate) -> str:
     lines += [f'{name:18s}{ms[name][0]:6.2f} ms   {ms[name][1]:6.2f} ms   {kept[name]:5.1f} bytes an element   '
               f"{sum(ms[name]) / sum(ms['relu']):.1f} x relu" for name in contestants]
     return '\n'.join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures.
-
-def figures(rows: list[dict[str, Any]], reference: str, folder: Path) -> str:
-    """functions, seeds and curves as PNG and SVG in `folder`; what was done, in one line."""
-    try:
-        import matplotlib
-    except ImportError:
-        return 'figures: pip install matplotlib to have them'
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    names = list(dict.fromkeys(row['name'] for row in rows))[:10]
-    # Colours of Okabe and Ito, which the colour-blind can tell apart; dashes and markers for print in grey.
-    look = {name: dict(color=('#000000', '#E69F00', '#56B4E9', '#009E73', '#0072B2', '#D55E00', '#CC79A7')[k % 7],
-                       linestyle=('-', '--', ':', '-.')[k % 4], marker='osv^Dx+*<>'[k]) for k, name in enumerate(names)}
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def save(figure: Any, name: str) -> None:
-        figure.tight_layout()
-        for kind in 'png', 'svg':
-            figure.savefig(folder / f'{name}.{kind}', dpi=150)
-        plt.close(figure)
-
-    x = torch.linspace(-4, 4, 801, dtype=torch.float64, requires_grad=True)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    for name in names:
-        row = next(row for row in rows if row['name'] == name)
-        y = Activation(row['expression'], row['clip']).double()(x)
-        slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)
-        for axis, values in zip(axes, (y.detach(), slope)):
-            axis.plot(x.detach(), values, label=name, **look[name], markevery=80, markersize=4)
-    for axis, what in zip(axes, ('f(x)', "f'(x)")):
-        axis.set(xlabel='x', ylabel=what, ylim=(-3, 4))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    save(figure, 'functions')
-
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for name in names:
-        points = sorted((row['seed'], row['test_loss']) for row in rows if row['name'] == name and not row['diverged'])
-        axis.plot(*zip(*points) if points else ([], []), label=name, **look[name], markersize=5)
-    axis.set(xlabel='seed', ylabel='test loss (nats)')
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(fontsize=8)
-    save(figure, 'seeds')
-
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for name in names:
-        curves = [row['curve'] for row in rows if row['name'] == name and not row['diverged']]
-        means = [(points[0][0], statistics.fmean(p[1] for p in points)) for points in zip(*curves)]
-        axis.plot(*zip(*means) if means else ([], []), label=name, **look[name], markersize=4, markevery=4)
-    axis.set(xlabel='step', ylabel='training loss (nats), mean over seeds', yscale='log')
-    axis.legend(fontsize=8)
-    save(figure, 'curves')
-    return f'figures: {folder}/functions, seeds, curves (.png and .svg), {reference} is the reference'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,14 +423,17 @@ def seeds_of(text: str) -> range:
     return seeds
 
 
-def evaluate(candidates: list[Candidate], config: Config, seeds: range, show: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Train what the ledger lacks, seed by seed so that every moment has a fair table; the rows of this comparison."""
+def evaluate(candidates: list[Candidate], config: Config, seeds: range, against: str, metric: Optional[str],
+             show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Train what the ledger lacks, seed by seed so that every moment has a fair table, which is shown after each; the
+    rows of this comparison."""
     dataset, ledger = data.load(config.data, config.data_dir, config.tokens), Path(config.out)
     done = {identity(row): row for row in read_ledger(ledger)}
     append(ledger, {})
     rows = []
     total, count, spent = len(seeds) * len(candidates), 0, []
     for seed in seeds:
+        before = len(spent)
         for candidate in candidates:
             count += 1
             key = identity({'name': candidate.name, 'expression': candidate.activation.expression,
@@ -483,6 +447,8 @@ def evaluate(candidates: list[Candidate], config: Config, seeds: range, show: Ca
             left = f', {statistics.fmean(spent) * (total - count) / 60:.0f} min left' if spent else ', from the ledger'
             result = 'diverged' if row['diverged'] else f"test loss {row['test_loss']:.4f}  accuracy {row['test_accuracy']:.4f}"
             show(f"{count}/{total}  seed {seed}  {candidate.name:24s} {result}  {row['ms_step']:.0f} ms/step{left}")
+        if len(spent) > before and seed != seeds[-1]:
+            show(f'\n{report(rows, against, metric)}\n')
     return rows
 
 
@@ -503,24 +469,36 @@ def main(arguments: Optional[list[str]] = None) -> None:
         if given.card is not None:
             print(card(resolve(given.card)))
             return
-        reference = resolve(STANDARD[config.model] if given.against is None else given.against)
         if given.report:
+            if missing := [path for path in given.report if not Path(path).exists()]:
+                raise ValueError(f"cannot read {', '.join(missing)}: no such file; --report takes ledgers that exist")
             rows = [row for path in given.report for row in read_ledger(Path(path))]
             if not rows:
                 raise ValueError(f"no runs in {', '.join(given.report)}; a ledger is the file that --out names")
-            print(report(rows, given.against and reference.name, given.metric))
+            against = given.against and Path(given.against.replace(' ', '')).name  # a run folder is called by its name
+            if against:
+                valid('activation in --against', against, dict.fromkeys(row['name'] for row in rows))
+            print(report(rows, against, given.metric))
+            reference_name = against or STANDARD.get(rows[0]['settings'].get('model'), 'relu')
         else:
+            reference = resolve(standard_of(config.model) if given.against is None else given.against)
+            reference_name = reference.name
             if not 0 <= given.random <= 10_000:
                 raise ValueError(f'--random {given.random}: from 0 to 10,000')
-            kind = 'text' if config.model == 'minigpt' else 'image'
+            kind = 'text' if config.data.startswith('tinystories') else 'image'
             names = (given.baselines if given.baselines is not None else BASELINES[kind]).split(',')
             names = [name for name in names if name not in ('none', '')] + [f'random_{k}' for k in range(given.random)]
-            candidates = {c.name: c for c in [reference, *map(resolve, [*given.activations, *names])]}
-            rows = evaluate(list(candidates.values()), config, seeds_of(given.seeds), lambda line: print(line, flush=True))
-            print('\n' + report(rows, reference.name, given.metric))
+            candidates: dict[str, Candidate] = {}
+            for c in [reference, *map(resolve, [*given.activations, *names])]:
+                one = candidates.setdefault(c.name, c)
+                if (one.activation.expression, one.activation.clip) != (c.activation.expression, c.activation.clip):
+                    raise ValueError(f'two different functions are called {c.name}: rename one of the run folders')
+            rows = evaluate(list(candidates.values()), config, seeds_of(given.seeds), reference_name, given.metric,
+                            lambda line: print(line, flush=True))
+            print('\n' + report(rows, reference_name, given.metric))
             print(f'\nledger: {config.out}   the table again: python evaluate.py --report {config.out}')
         if given.figures is not None:
-            print(figures(rows, reference.name, Path(given.figures)))
+            print(figures.evaluation(rows, reference_name, Path(given.figures)))
 
 
 if __name__ == '__main__':

@@ -2,20 +2,28 @@
 
     build('resnet20', nn.ReLU)            a plain network
     build('resnet20', cell.site)          the same network with the relaxed cell in all of its 19 sites
+    swap(model, nn.ReLU, cell.site)       the same for a network from elsewhere
 
 Each network takes `activation`, a callable without arguments that makes one activation module a site.
 """
 import argparse
+import ast
 import contextlib
 import copy
 import dataclasses
+import functools
+import importlib.util
+import inspect
 import json
 import math
 import os
 import sys
+import textwrap
+import types
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Optional, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -135,7 +143,8 @@ class ViTTiny(nn.Module):
 
 class MiniGPT(nn.Module):
     """(n, time) token indices -> (n, time, vocabulary) logits; time at most `context`. After nanoGPT: 3 blocks,
-    3 heads, width 192, no biases, output weights tied to the embedding, residual projections scaled at the start."""
+    3 heads, width 192, biases in the layer norms only, output weights tied to the embedding, residual projections
+    scaled at the start."""
 
     def __init__(self, activation: MakeActivation, vocabulary: int = 256, context: int = 128, dropout: float = 0.0):
         super().__init__()
@@ -196,14 +205,181 @@ def teacher_and_student(planted: MakeActivation, searched: MakeActivation, input
         teacher.first.weight.copy_(F.normalize(torch.randn(hidden, inputs), dim=1))
         teacher.first.bias.zero_()
         teacher.last.weight.normal_()
+        teacher.last.bias.zero_()
+        # Targets of mean 0 and variance 1: then one set of learning rates suits all planted functions.
+        y = teacher(torch.randn(8192, inputs))
+        teacher.last.bias.copy_(-y.mean() / y.std().clamp(min=1e-6))
+        teacher.last.weight.div_(y.std().clamp(min=1e-6))
     student.first.load_state_dict(teacher.first.state_dict())
     student.first.requires_grad_(False)
     return teacher.eval().requires_grad_(False), student
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of other people.
+
+# The hidden activations that `--model file.py:function` swaps, by the names that expressions use.
+SWAPPED: dict[str, type[nn.Module]] = {'relu': nn.ReLU, 'leaky_relu': nn.LeakyReLU, 'elu': nn.ELU, 'silu': nn.SiLU,
+                                       'gelu': nn.GELU}
+
+
+def swap(model: nn.Module, kind: Union[type[nn.Module], tuple[type[nn.Module], ...]], make: MakeActivation) -> int:
+    """Replace every activation of that kind (or kinds) inside `model`; returns how many.
+
+        swap(model, nn.ReLU, cell.site)          before a search
+        swap(model, nn.ReLU, Found)              with what it found
+
+    Each name gets a new one, also where several names hold one module. A block that stands in two places stays one
+    block, and an activation that one forward calls twice stays one activation.
+    Raises ValueError, and changes nothing, when there is none, and when the model calls that activation as a function,
+    F.relu(x) or x.relu(), which nobody can replace from outside: the message says in which lines.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    names = ' or '.join(f'nn.{k.__name__}' for k in kinds)
+    if isinstance(model, kinds):
+        raise ValueError(f'the model is itself {names}: there is no network around it')
+    if calls := functional_uses(model, kinds):
+        raise ValueError(f'{names} cannot be swapped while the model calls it as a function: {"; ".join(calls)}; '
+                         f'make it a module, such as self.act = nn.{kinds[0].__name__}(), and call that')
+    places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items()
+              if isinstance(child, kinds)]  # named_children() would name a shared module only once
+    if not places:
+        there = Counter(type(m).__name__ for m in model.modules() if type(m).__module__ == 'torch.nn.modules.activation')
+        raise ValueError(f'the model has no {names} to swap; its activation modules: '
+                         f'{", ".join(f"{name} ({count})" for name, count in there.items()) or "none"}')
+    for parent, name in places:
+        setattr(parent, name, make())
+    return len(places)
+
+
+def functional_uses(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    """Where the model uses an activation of these kinds as a function: 'resnet.py, line 12: F.relu(...)'.
+
+    Read from the methods of the model's own classes, whatever calls them; helpers outside of a class are not followed.
+    """
+    def fits(name: str) -> bool:  # leaky_relu and leaky_relu_ for LeakyReLU
+        return name.replace('_', '').lower() in {kind.__name__.lower() for kind in kinds}
+
+    def is_use(call: ast.Call, names: dict[str, Any]) -> bool:
+        function = call.func
+        if isinstance(function, ast.Name):                          # relu(x), after `from ... import relu`
+            return fits(function.id) and callable(names.get(function.id))
+        if not isinstance(function, ast.Attribute) or not fits(function.attr):
+            return False
+        root = function.value
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        if isinstance(root, ast.Name) and isinstance(names.get(root.id), types.ModuleType):
+            return True                                             # F.relu(x), torch.nn.functional.relu(x), nn.ReLU()(x)
+        itself = isinstance(function.value, ast.Name) and function.value.id == 'self'
+        return not call.args and not itself                         # x.relu(), but neither self.relu(x) nor block.relu(x)
+
+    uses, seen = [], set()
+    for path, module in model.named_modules():
+        if isinstance(module, kinds):
+            continue
+        uses += [f'{path}.{name} is the function {value.__name__}'.lstrip('.') for name, value in vars(module).items()
+                 if inspect.isroutine(value) and fits(value.__name__)]
+        for cls in type(module).__mro__:
+            if cls in seen or cls.__module__.startswith('torch.'):
+                continue
+            seen.add(cls)
+            for method in (m for name, m in vars(cls).items() if inspect.isfunction(m) and name != '__init__'):
+                try:
+                    lines, first = inspect.getsourcelines(method)
+                    tree = ast.parse(textwrap.dedent(''.join(lines)))
+                except (OSError, SyntaxError):
+                    continue  # typed into a console, or compiled
+                file = Path(method.__code__.co_filename).name
+                uses += [f'{file}, line {first + node.lineno - 1}: {ast.unparse(node.func)}(...)' for node in ast.walk(tree)
+                         if isinstance(node, ast.Call) and is_use(node, method.__globals__)]
+    return uses
+
+
+def is_own(model: str) -> bool:
+    """Whether `--model` names a function in a file, 'nets/mine.py:make_model', rather than a network of this file."""
+    return '.py' in model
+
+
+@functools.lru_cache
+def own_function(place: str) -> Callable[[], nn.Module]:
+    """The function that 'path/to/file.py:function' names. The file is run: it is the user's own code."""
+    path, _, name = place.rpartition(':')
+    if not path.endswith('.py') or not name:
+        raise ValueError(f'--model {place}: name a file and the function in it that makes the network, '
+                         f'such as nets.py:make_model')
+    if not Path(path).is_file():
+        raise ValueError(f'--model {place}: there is no file {path}')
+    sys.path.append(str(Path(path).resolve().parent))  # the file may import its neighbours; ours come first
+    spec = importlib.util.spec_from_file_location(Path(path).stem + '_own', path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f'--model {place}: {path} fails when it is imported: {one_line(error)}') from None
+    if not callable(getattr(module, name, None)):
+        names = [key for key, value in vars(module).items() if inspect.isroutine(value) and value.__module__ == spec.name]
+        raise ValueError(f"--model {place}: {path} has no function {name}{nearest(name, names)}; "
+                         f"it has: {', '.join(names) or 'none'}")
+    return getattr(module, name)
+
+
+def own_network(place: str) -> nn.Module:
+    """What the function makes, unchanged."""
+    make = own_function(place)
+    try:
+        model = make()
+    except Exception as error:
+        raise ValueError(f'--model {place}: the function, called without arguments, fails: {one_line(error)}') from None
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'--model {place}: the function returns {type(model).__name__}, not an nn.Module')
+    return model
+
+
+@torch.no_grad()
+def check_fit(model: nn.Module, place: str, dataset: Any, context: int) -> None:
+    """Raise ValueError when the network does not turn a batch of the data set into its logits."""
+    text = dataset.kind == 'text'
+    x = dataset.train[None, :context].long() if text else dataset.train[0][:2].float() / 255
+    wanted = (*x.shape, dataset.classes) if text else (2, dataset.classes)
+    given = f'{dataset.name} gives {tuple(x.shape)}'
+    try:
+        output = model.eval()(x)
+    except Exception as error:
+        raise ValueError(f'--model {place} does not go with --data {dataset.name}: {given}, and the network fails: '
+                         f'{one_line(error)}') from None
+    model.train()
+    if not isinstance(output, Tensor) or output.shape != wanted:
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f'--model {place} does not go with --data {dataset.name}: {given} and asks for logits {wanted}, '
+                         f'the network returns {what}')
+
+
+def one_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+
+
+def standard_of(model: str) -> str:
+    """The name of the activation that the network is known with; of an own network, the most frequent of SWAPPED."""
+    if not is_own(model):
+        return STANDARD[model]
+    modules = list(own_network(model).modules())
+    counts = {name: sum(isinstance(m, kind) for m in modules) for name, kind in SWAPPED.items()}
+    return max(counts, key=counts.get)
+
+
 def network(config: 'Training', activation: MakeActivation, dataset: Any) -> nn.Module:
-    """The network of that configuration in the shape that a `data.Dataset` asks for."""
+    """The network of that configuration in the shape that a `data.Dataset` asks for.
+
+    Of an own network, --model file.py:function, all ReLU, LeakyReLU, ELU, SiLU and GELU modules are swapped.
+    """
     name = config.model
+    if is_own(name):
+        model = own_network(name)
+        check_fit(model, name, dataset, config.context)
+        swap(model, tuple(SWAPPED.values()), activation)
+        return model
     if (name == 'minigpt') != (dataset.kind == 'text'):
         raise ValueError(f'--model {name} does not go with --data {dataset.name}: minigpt reads text, the others images')
     if name == 'minigpt':
@@ -237,7 +413,8 @@ def option(default: Any, help: str) -> Any:
 @dataclass
 class Training:
     """Every field is an option of the command line: `batch_size` is `--batch-size`. Presets change the defaults."""
-    model: str = option('resnet20', f'one of {", ".join(STANDARD)}')
+    model: str = option('resnet20', f'one of {", ".join(STANDARD)}; or file.py:function, a function of yours that returns a '
+                                    f'network (its ReLU, LeakyReLU, ELU, SiLU and GELU modules are swapped)')
     data: str = option('', 'a data set; default: the built-in sample that suits the model')
     data_dir: Optional[str] = option(None, 'folder with the data files, where they are already there')
     preset: str = option('laptop', 'laptop: minutes on two cores, built-in data. paper: its data and settings')
@@ -258,8 +435,8 @@ class Training:
     grad_clip: float = option(1.0, 'bound on the norm of the gradient; 0: none')
 
     def at(self, value: float) -> int:
-        """A step, from a step or a share of all steps."""
-        return round(value * self.steps) if value < 1 else int(value)
+        """A step, from a step or a share of all steps; a share below 1 always leaves the last step."""
+        return min(round(value * self.steps), self.steps - 1) if value < 1 else int(value)
 
     def check(self) -> None:
         """Raise ValueError, one line, for a value that cannot be."""
@@ -326,8 +503,11 @@ def options(kind: type[Training], parser: argparse.ArgumentParser, arguments: Op
 def configure(kind: type[AnyConfig], presets: dict[str, dict[str, dict[str, Any]]], given: dict[str, Any]) -> AnyConfig:
     """The defaults of `kind`, then the preset of the model, then what is given. Raises ValueError (one line)."""
     valid('--preset', preset := given.get('preset', 'laptop'), presets)
-    valid('--model', model := given.get('model', 'resnet20'), presets[preset])
-    config = kind(**{**presets[preset][model], 'model': model, **given})
+    model = like = given.get('model', 'resnet20')
+    if is_own(model):  # the settings of a network of ours for the same data
+        like = 'minigpt' if given.get('data', '').startswith('tinystories') else 'vit_tiny'
+    valid('--model', like, presets[preset])
+    config = kind(**{**presets[preset][like], 'model': model, **given})
     config.check()
     config.device = choose_device(config.device)
     return config
@@ -359,8 +539,9 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory: how much a run will need, before it needs it.
 
-def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`, each storage once; `besides` (weights) not counted."""
+def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) -> tuple[int, Tensor]:
+    """Bytes that autograd keeps for the backward pass of `forward`, each storage once, and what `forward` returned;
+    `besides` (weights) not counted."""
     known, kept = {t.untyped_storage().data_ptr() for t in besides}, {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -369,8 +550,8 @@ def bytes_kept(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(size for address, (size, _) in kept.items() if address not in known)
+        output = forward()
+    return sum(size for address, (size, _) in kept.items() if address not in known), output
 
 
 def memory_needed(model: nn.Module, batches: Any, loss: Callable[[Tensor, Tensor], Tensor], config: Training) -> int:
@@ -387,7 +568,7 @@ def memory_needed(model: nn.Module, batches: Any, loss: Callable[[Tensor, Tensor
     with torch.random.fork_rng(on_gpu):
         for batches.size in (2, 4):
             x, y = next(batches)
-            kept.append(bytes_kept(lambda: loss(model(x), y), model.parameters()) + x.nbytes + y.nbytes)
+            kept.append(bytes_kept(lambda: loss(model(x), y), model.parameters())[0] + x.nbytes + y.nbytes)
     item = (kept[1] - kept[0]) / 2
     batch = kept[0] + item * max(config.batch_size - 2, 0)
     return round(1e8 + 1.75 * batch + 5 * sum(p.nbytes for p in model.parameters()))

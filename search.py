@@ -37,10 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import figures
 from activation import Activation, bend, distance, named
 from cell import NORMALISERS, SAMPLERS, Cell, Site, blame
-from models import (STANDARD, Failed, Parser, Training, check_memory, choose_device, configure, cross_entropy, json_line,
-                    learning_rate, memory_needed, network, one_line_errors, option, options, read_json,
+from models import (Failed, Parser, Training, check_memory, choose_device, configure, cross_entropy, json_line,
+                    learning_rate, memory_needed, network, one_line_errors, option, options, read_json, standard_of,
                     teacher_and_student, weight_optimizer, within, write_line, write_whole)
 from ops import valid
 
@@ -69,7 +70,7 @@ class Config(Training):
     normalise: str = option('scale', "take gain out of each site's table: none (paper), scale or centre")
     ops: str = option('base', 'operations: base, periodic, swish, no-composites, names; a minus takes one out')
     clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; 'none' for none")
-    points: int = option(4096, 'of the grid on which the cell is tabulated, at most 32,768')
+    points: int = option(8193, 'of the grid on which the cell is tabulated; best an odd number, at most 32,767')
     # the run-off (ours)
     runoff: int = option(12, 'candidates trained from scratch and judged on validation; 0: none (paper)')
     runoff_steps: float = option(0.04, 'steps of the first round; each further round halves the field and doubles them')
@@ -112,17 +113,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                     warmstart=0.05, shrink_until=0.9, normalise='centre', runoff=0),
     },
     'paper': {
-        # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs; shrinking from epoch 2.
+        # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs, one of them warm
+        # start, shrinking from the second on: shares, so that --steps rescales the search.
         'resnet20': dict(data='cifar10', steps=14650, batch_size=64, accumulate=2, optimizer='sgd', lr=0.1,
-                         weight_decay=1e-4, arch_lr=6e-4, warmstart=293, shrink_from=586, **_PAPER),
+                         weight_decay=1e-4, arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, **_PAPER),
         # 73 steps an epoch: batches of 128, four accumulated
         'vit_tiny': dict(data='cifar10', steps=3650, batch_size=128, accumulate=4, lr=1e-3, lr_end=0.0,
-                         weight_decay=0.0, arch_lr=6e-4, warmstart=73, shrink_from=146, **_PAPER),
+                         weight_decay=0.0, arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, **_PAPER),
         'minigpt': dict(data='tinystories', steps=1000, batch_size=64, accumulate=10, context=256, tokens='gpt2', lr=1e-3, lr_end=0.1,
-                        weight_decay=0.1, dropout=0.2, arch_lr=1e-3, warmstart=100, shrink_from=200,
+                        weight_decay=0.1, dropout=0.2, arch_lr=1e-3, warmstart=0.1, shrink_from=0.2,
                         **{**_PAPER, 'grad_clip': 1.0}),
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2, weight_decay=0.0,
-                    arch_lr=1e-2, warmstart=100, shrink_from=200, **_PAPER),
+                    arch_lr=1e-2, warmstart=0.07, shrink_from=0.14, **_PAPER),
     },
 }
 
@@ -133,20 +135,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """For the architecture step: no gradient for the weights, which also saves their third of the backward pass, and
-    no validation batch in the running statistics of batch norm, a leak that is easy to miss."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    norms = [m for m in model.modules() if getattr(m, 'track_running_stats', False)]
+    no trace of a validation batch in running statistics (batch norm's, or any layer's), a leak that is easy to miss."""
+    weights, buffers = [p for p in model.parameters() if p.requires_grad], list(model.buffers())
+    kept = [buffer.clone() for buffer in buffers]
     for p in weights:
         p.requires_grad_(False)
-    for m in norms:
-        m.track_running_stats = False
     try:
         yield
     finally:
         for p in weights:
             p.requires_grad_(True)
-        for m in norms:
-            m.track_running_stats = True
+        if buffers:
+            torch._foreach_copy_(buffers, kept)
 
 
 MAX_SKIPPED = 20  # steps in a row that may be skipped before the search ends
@@ -380,7 +380,7 @@ def said(skipped: dict[str, Any]) -> str:
 # The command line.
 
 def new_cell(config: Config) -> Cell:
-    return Cell(config.ops, config.clip, config.sampler, STANDARD[config.model], config.normalise, config.points)
+    return Cell(config.ops, config.clip, config.sampler, standard_of(config.model), config.normalise, config.points)
 
 
 def prepare(config: Config) -> tuple[nn.Module, Iterator, Iterator, Callable[[Tensor, Tensor], Tensor]]:
@@ -420,7 +420,8 @@ class Run:
     config.json   the settings, written first
     log.jsonl     one line each 1 % of the steps, for each step that was skipped, and for each candidate of the run-off
     checkpoint.pt everything needed to go on (--resume), replaced every minute
-    activation.json   the result, written last
+    activation.py     the result as a module of its own
+    activation.json   the result; after it only search.png and search.gif
     """
 
     def __init__(self, config: Config, cell: Cell, resumed: Optional[dict] = None, fresh: bool = True):
@@ -545,8 +546,8 @@ class Run:
             print(line, flush=True)
             self.printed = time.monotonic()
 
-    def finish(self, found: Activation, validation: dict[str, float]) -> None:
-        """Write activation.json and say what was found, where it is, and what to run next."""
+    def finish(self, found: Activation, validation: dict[str, float], plot: bool = True) -> None:
+        """Write activation.json and say what was found, where it is, and what to run next. plot: draw it as well."""
         config, folder = self.config, self.folder
         result = {'expression': found.expression, 'clip': found.clip, 'formula': found.formula,
                   'scalars': [s.item() for s in found.scalars], 'model': config.model, 'data': config.data,
@@ -567,14 +568,32 @@ class Run:
             lines.append(f"warning:     {result['warning']}")
         if self.skipped:
             lines.append(f'skipped:     {self.skipped} steps were not finite; log.jsonl says which, and why')
+        short = found.float().simplified()
+        result.update(simplified=short.expression, formula=short.formula, latex=short.latex)
+        module = write_module(folder, config, short)
         write_whole(folder / 'activation.json', json_line(result, indent=1))
         scores = ', '.join(f'{key} {value:.4f}' for key, value in validation.items())
-        clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in found.formula else ''
+        clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in short.formula else ''
         print('\n' * self.terminal + '\n'.join([
-            '', f'    f(x) = {found.formula}{clipped}', '',
+            '', f'    f(x) = {short.formula}{clipped}', '',
+            *([figures.text_plot(short, named(standard_of(config.model))), ''] if plot else []),
             f'validation:  {scores}   ({clock(self.elapsed())} in all)', *lines,
-            f'files:       {folder}/activation.json, log.jsonl, checkpoint.pt',
-            f'next:        python evaluate.py {folder} --model {config.model}   # retrain it and compare']))
+            f'files:       {folder}/activation.json, {module}, log.jsonl, checkpoint.pt',
+            f'next:        python evaluate.py {folder} --model {config.model}   # retrain it and compare']), flush=True)
+        if plot:
+            print(f'pictures:    {figures.draw(folder)}')  # last: it takes seconds, and all else is safe by now
+
+
+def write_module(folder: Path, config: Config, found: Activation) -> str:
+    """Write the function as activation.py, a file of its own; its name, or why there is none."""
+    clip = 'none' if config.clip is None else f'{config.clip:g}'
+    note = (f'Found by search.py --model {config.model} --data {config.data} --seed {config.seed} --steps {config.steps} '
+            f'--clip {clip}\nas {found.expression}')
+    try:
+        write_whole(folder / 'activation.py', found.module(note).encode())
+    except ValueError as error:  # an operation that was added without a line in CODE
+        return f'no activation.py ({error})'
+    return 'activation.py'
 
 
 def clock(seconds: float) -> str:
@@ -662,8 +681,13 @@ def plan(config: Config, model: nn.Module, cell: Cell, needed: int, resumed: boo
 def main(arguments: Optional[list[str]] = None) -> None:
     parser, run = Parser(__doc__), None
     parser.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, exactly')
+    parser.add_argument('--plot', metavar='RUN', help='draw search.png and search.gif of a run, finished or going on')
+    parser.add_argument('--no-plot', action='store_true', help='neither the plot in the terminal nor the pictures at the end')
     with one_line_errors(lambda: f'go on with: python search.py --resume {run.folder}' if run else 'nothing was written'):
         given, other = options(Config, parser, arguments)
+        if other.plot:
+            print(figures.draw(Path(other.plot)))
+            return
         if other.resume is not None:
             config, resumed = resume(Path(other.resume), given)
             if (Path(config.out) / 'activation.json').exists():
@@ -671,7 +695,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 return
         else:
             config, resumed = configure(Config, PRESETS, given), None
-            config.out = config.out or f'runs/{config.model}-{config.data}-seed{config.seed}'
+            name = Path(config.model).name.replace('.py:', '-')  # of nets/mine.py:make only mine-make
+            config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
             unused(Path(config.out))
         model, train_batches, val_batches, loss = prepare(config)
         needed = memory_needed(model, train_batches, loss, config)
@@ -684,7 +709,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
         finally:
             signal.signal(signal.SIGINT, handler)
             run.log.close()
-        run.finish(found, validation)
+        run.finish(found, validation, not other.no_plot)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,13 @@
 """The cell: tables against the op-by-op reference, gradients against finite differences, shrinking, text round trips."""
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
 
-from cell import CHOICES, SAMPLERS, Cell, Lookup, Tabulated, cell_expression, lines, random_expression
+from cell import (CHOICES, LIMIT, POINTS, SAMPLERS, Cell, Lookup, Site, Tabulated, cell_expression, lines,
+                  random_expression, uniform_grid)
 from activation import Activation, named
 from models import build
 from ops import ALL, select
@@ -57,28 +61,111 @@ def test_lookup_keeps_nan_and_half_precision():
     assert f(torch.ones(4, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_table_against_op_by_op_on_random_cells():
-    """At every x more than a grid step from a kink or jump, |table - op by op| <= 1e-3, gently sloped cells or steep.
+def branches(f: Activation, x: torch.Tensor) -> torch.Tensor:
+    """(len(x) - 1,) whether a kink or jump of f lies between neighbours of x, because inside f an operation goes over to
+    another branch: the sign of an input of relu and its like, the larger input of max, whether a clip is active."""
+    found = torch.zeros(len(x) - 1, dtype=torch.bool)
 
-    A steep cell such as x^18 bends by more than a grid of 4,096 points can follow; the bound there is the textbook one
-    for linear interpolation, step^2 / 8 times the second derivative.
+    def value(tree) -> torch.Tensor:
+        if tree == 'x':
+            return x
+        inputs = [value(node) for node in tree.inputs] or [x]
+        scalar = None if tree.scalar is None else f.scalars[tree.scalar]
+        y = tree.op(*inputs, scalar=scalar, clip=None)
+        states = []
+        if tree.op.name in ('abs', 'relu', 'min0', 'elu', 'leaky_relu', 'sqrt'):
+            states.append(inputs[0] > 0)
+        elif tree.op.name in ('max', 'min'):
+            states.append(inputs[0] > inputs[1])
+        elif tree.op.clips:
+            states += [y > f.clip, y < -f.clip]
+            y = y.clamp(-f.clip, f.clip)
+        for state in states:
+            found.logical_or_(state[1:] != state[:-1])
+        return y
+    with torch.no_grad():
+        value(f.tree)
+    return found
+
+
+@pytest.mark.parametrize('cells', [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_table_against_op_by_op_on_random_cells(cells):
+    """Float32 tables against float64 mathematics: |table - op by op| <= 1e-3 at every x in [-12, 12] that is more than
+    a grid step from a kink or jump, for 98 % of random cells (of 1,000, 99.6 %).
+
+    The rest bend faster than the grid can follow, x^27 on its way to the clip for one; theirs holds for 99 % of x.
     """
     draw = torch.Generator().manual_seed(0)
-    step = 24 / 4095
-    x = (torch.rand(20_000, generator=draw, dtype=torch.float64) * 24 - 12)
+    fine = 8  # inputs to a grid step
+    x = (torch.arange((POINTS - 1) * fine) + 0.37) / ((POINTS - 1) * fine) * 2 * LIMIT - LIMIT
     close = 0
-    for _ in range(60):
-        f = Activation(random_expression(draw)).double()
+    for _ in range(cells):
+        f = Activation(random_expression(draw))
         with torch.no_grad():
-            error = (Tabulated(f).double()(x) - f(x)).abs()
-            # second differences three grid steps wide: huge at a kink or jump, the curvature elsewhere
-            around = torch.stack([f(x + k * step) for k in (-2, -1, 0, 1, 2)])
-        second = around.diff(dim=0).diff(dim=0)
-        kink = (second.amax(0) - second.amin(0)) > 0.2 * second.abs().amax(0) + 1e-9
-        smooth = error[~kink]
-        assert (smooth <= 1e-3 + second.abs().amax(0)[~kink]).all()
-        close += bool((smooth <= 1e-3).all())
-    assert close >= 57
+            by_table = Tabulated(f)(x)
+        kinks = branches(f.double(), x.double())
+        near = nn.functional.max_pool1d(kinks.float()[None], 2 * fine + 4, 1, fine + 2)[0, :len(x)] > 0
+        with torch.no_grad():
+            error = (by_table - f(x.double())).abs()[~near]
+        assert (error <= 1e-3).double().mean() >= 0.99 or not len(error), f.expression
+        close += bool((error <= 1e-3).all())
+    assert close >= 0.98 * cells
+
+
+@pytest.mark.parametrize('expression', ['relu(x)', 'abs(x)', 'leaky_relu(x)', 'min0(x)', 'max(x, scale(x, 0.25))', 'x'])
+def test_kinks_at_zero_are_exact(expression):
+    """0 is a grid point, so that a function with its only kink there is its own table, values and slopes, also next to
+    0 and far beyond the grid."""
+    f = Activation(expression)
+    x = torch.tensor([-1e4, -13.0, -12.0, -3.3, -1e-3, -2e-6, 2e-6, 1e-3, 3.3, 12.0, 13.0, 1e4], requires_grad=True)
+    y, expected = Tabulated(f)(x), f(x)
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-9)  # float32 values, a step apart, give a slope to 5 digits
+    assert torch.allclose(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('points', [64, 4096, POINTS, 32768])
+def test_index_of_every_interval(points):
+    """The middle of each interval finds its own line, and so does anything beyond the ends: no overflow of the 16 bits,
+    no rounding into the neighbour, in float32 and float64."""
+    for dtype in (torch.float32, torch.float64):
+        grid = uniform_grid(points, LIMIT).to(dtype)
+        line = torch.stack([torch.arange(points - 1), torch.zeros(points - 1)], 1).to(dtype)  # y: the interval's number
+        middle = (grid[1:] + grid[:-1]) / 2
+        x = torch.cat([torch.tensor([-1e30, -LIMIT - 1]), middle, torch.tensor([LIMIT, 1e30])]).to(dtype)
+        y = Lookup.apply(x, grid, line, LIMIT)
+        assert torch.equal(y[2:-2], line[:, 0]) and y[:2].eq(0).all() and y[-2:].eq(points - 2).all()
+
+
+def test_chunks_change_nothing(monkeypatch):
+    """A CPU looks up piece by piece; the last piece is smaller and of an odd number of elements."""
+    torch.manual_seed(0)
+    grid = uniform_grid(65, LIMIT)
+    x, values = torch.randn(7, 11, 3, requires_grad=True), torch.randn(65, requires_grad=True)
+    g = torch.randn(7, 11, 3)
+    results = []
+    for chunk in (1 << 20, 50):
+        monkeypatch.setattr('cell.CHUNK', chunk)
+        y = Lookup.apply(x, values, lines(values, grid), LIMIT)
+        results.append((y, *torch.autograd.grad(y, (x, values), g)))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize('make', [lambda: Activation('mul(sigmoid(x), x)'), lambda: Tabulated(named('gelu')),
+                                  lambda: Cell(points=65).site()])
+def test_inputs_are_let_go(make):
+    """Nothing but autograd may hold on to an activation's input: reference cycles here once cost half of the memory of a
+    training step, until the garbage collector came by."""
+    f = make()
+    gc.disable()
+    try:
+        x = torch.randn(8)
+        alive = weakref.ref(x)
+        with torch.no_grad():
+            f(x)
+        del x
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 # -- the relaxed cell
@@ -143,47 +230,90 @@ class Evaluated(nn.Module):
         return self.cell.evaluate(x, self.cell.weights())
 
 
-@pytest.mark.parametrize('sampler', ['mean', 'softmax', 'dirichlet'])
-def test_whole_network_table_against_op_by_op(sampler):
-    """One step of a network: the loss and all gradients, through tables and op by op, agree to 1e-3 relative."""
+SMOOTH = 'base,-abs,-sqrt,-relu,-min0,-elu,-leaky_relu,-max,-min,-square,-cube,-exp,-sinh,-mul'  # no kink, no clip
+
+
+def gradients_two_ways(ops: str, sampler: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The loss, the gradient of the weights and that of the architecture, each by table and op by op, for one step of a
+    resnet20 whose alphas are random, on a grid of the default size, in float64."""
     torch.manual_seed(0)
-    cell = Cell('base', sampler=sampler, points=32768)
+    cell = Cell(ops, sampler=sampler)
     with torch.no_grad():
         for alpha in cell.alpha:
             alpha.normal_()
     model = build('resnet20', cell.site).double()
     cell.double()
-    x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randint(10, (4,))
+    x, y = torch.randn(32, 3, 8, 8, dtype=torch.float64), torch.randint(10, (32,))
     parameters = [*model.parameters(), *cell.parameters()]
 
-    def gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        torch.manual_seed(1)  # the same Dirichlet draws
-        cell.draw()
+    def step() -> list[torch.Tensor]:
         loss = nn.functional.cross_entropy(model(x), y)
-        return loss, list(torch.autograd.grad(loss, parameters, allow_unused=True))
-    loss, by_table = gradients()
-    weights: list[torch.Tensor] = []
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [loss, *(torch.cat([g.flatten() for g in part if g is not None])
+                        for part in (gradients[:-12], gradients[-12:]))]
+
+    torch.manual_seed(1)
+    cell.draw()
+    by_table = step()
+    torch.manual_seed(1)  # the same Dirichlet draws
+    weights = cell.weights()
 
     class Reference(nn.Module):
         def __init__(self, index: int):
             super().__init__()
-            self.index = index
+            self.row = [w[min(index, len(w) - 1)][None] for w in weights]
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            row = [w[min(self.index, len(w) - 1)][None] for w in weights]
-            return cell.evaluate(x.flatten(), row).view_as(x)
-    sites = [(m, name) for m in model.modules() for name, child in m.named_children() if type(child).__name__ == 'Site']
-    for m, name in sites:
-        setattr(m, name, Reference(getattr(m, name).index))
-    torch.manual_seed(1)
-    weights += cell.weights()
-    expected = nn.functional.cross_entropy(model(x), y)
-    op_by_op = torch.autograd.grad(expected, parameters, allow_unused=True)
-    assert torch.allclose(loss, expected, rtol=1e-3)
-    for name, found in (('weights', slice(0, -12)), ('architecture', slice(-12, None))):
-        a = torch.cat([g.flatten() for g in by_table[found] if g is not None])
-        b = torch.cat([g.flatten() for g in op_by_op[found] if g is not None])
-        assert (a - b).norm() <= 1e-3 * b.norm(), f'{name}: {(a - b).norm() / b.norm():.1e}'
+            return cell.evaluate(x.flatten(), self.row).view(x.shape)
+    for m in list(model.modules()):
+        for name, child in list(m.named_children()):
+            if isinstance(child, Site):
+                setattr(m, name, Reference(child.index))
+    return list(zip(by_table, step()))
+
+
+@pytest.mark.parametrize('sampler', ['mean', 'softmax', 'dirichlet'])
+def test_whole_network_table_against_op_by_op(sampler):
+    """One step of a network with smooth operations: the loss and all gradients, through tables and op by op, agree to
+    1e-3 relative."""
+    for by_table, op_by_op in gradients_two_ways(SMOOTH, sampler):
+        assert (by_table - op_by_op).norm() <= 1e-3 * op_by_op.norm()
+
+
+def test_whole_network_with_kinks():
+    """With all operations the loss agrees as well, the gradients to some 5 %, and there is a reason for it.
+
+    A kink inside a grid interval gives all inputs in that interval the mean of two slopes. They are a share of the
+    inputs that is proportional to the step, so that the error is to its square root: no grid reaches 1e-3. It has no
+    preferred sign, and looks its worst here, where the gradient itself, of random labels, averages out. Where kinks
+    are not, `test_slopes_but_for_kinks` finds the slopes right.
+    """
+    (loss, expected), *gradients = gradients_two_ways('base', 'mean')
+    assert abs(loss - expected) <= 1e-3 * expected
+    for by_table, op_by_op in gradients:
+        assert torch.cosine_similarity(by_table, op_by_op, dim=0) >= 0.98
+
+
+@pytest.mark.parametrize('seed', [None, 0, 1])
+def test_slopes_but_for_kinks(seed):
+    """The relaxed cell with all operations: its slope is off by more than 1 % at kinks only, in 2 inputs of a hundred
+    at most (measured: 0.6 to 0.9), and those apart right to 2e-3. As a search starts (None), and with random alphas."""
+    torch.manual_seed(seed or 0)
+    cell = Cell(sampler='mean')
+    site = cell.site()
+    if seed is not None:
+        with torch.no_grad():
+            for alpha in cell.alpha:
+                alpha.normal_()
+    cell.double()
+    x = torch.randn(20_000, dtype=torch.float64, requires_grad=True)
+    cell.draw()
+    slope, = torch.autograd.grad(site(x).sum(), x)
+    expected, = torch.autograd.grad(cell.evaluate(x, cell.weights()).sum(), x)
+    error = (slope - expected).abs()
+    right = error <= 0.01 * expected.square().mean().sqrt()
+    assert right.double().mean() >= 0.98
+    assert error[right].norm() <= 2e-3 * expected.norm()
 
 
 # -- sites and normalisation

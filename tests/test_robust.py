@@ -278,7 +278,7 @@ TABLE = {
                                                       lambda f: write('a.json', (f / 'a.json').read_bytes() * 2)(f)), ['a.json'],
                                      ['a.json is not']),
     # ledgers
-    'ledger missing': ('evaluate', nothing, NO_LEDGER, ['no runs in l.jsonl']),
+    'ledger missing': ('evaluate', nothing, NO_LEDGER, ['cannot read l.jsonl']),
     'ledger empty': ('evaluate', write('l.jsonl', ''), NO_LEDGER, ['no runs in l.jsonl']),
     'ledger not UTF-8': ('evaluate', write('l.jsonl', b'\xff\xfe\n' * 5), NO_LEDGER, ['no runs in l.jsonl']),
     'ledger deep': ('evaluate', write('l.jsonl', DEEP), NO_LEDGER, ['no runs in l.jsonl']),
