@@ -18,7 +18,7 @@ from test_resume import OPTIONS, ROOT, result  # noqa: E402
 
 def search(arguments: list[str], seconds: float = 600.0) -> int:
     """Run search.py for so long, at most; its exit code, -9 when it was killed."""
-    process = subprocess.Popen([sys.executable, str(ROOT / 'search.py'), *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, str(ROOT / 'search.py'), *arguments, '--no-plot'], stdout=subprocess.DEVNULL)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
