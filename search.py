@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional, get_type_hints
@@ -167,7 +168,7 @@ def bound(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
     anywhere, and is seen where it happens.
     """
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
-    finite = bool(torch.stack([norm, *torch._foreach_norm(list(others))]).isfinite().all())
+    finite = bool(torch.stack(torch._foreach_norm([norm, *others])).isfinite().all())
     if finite and limit:
         torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
     return finite
@@ -507,17 +508,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = open(self.folder / 'log.jsonl', 'ab', buffering=0)
         try:
-            if fcntl:
-                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
-        except BlockingIOError:
-            raise ConfigError(f'{self.folder}: another process is at work there; wait, or choose another --out') from None
-        if fresh:  # once more, now that nobody else can be at it
-            unused(self.folder)
-            write_whole(self.folder / 'config.json', json_line(dataclasses.asdict(config), indent=1))
-        size, expected = self.log.tell(), resumed['log_size'] if resumed else 0
-        if size < expected:
-            print(f'note: {self.folder}/log.jsonl has lost its end; the search itself goes on exactly', file=sys.stderr)
-        self.log.truncate(min(size, expected))  # what was written after the checkpoint is done again
+            self.take_folder(resumed['log_size'] if resumed else 0, fresh)
+        except BaseException:
+            self.log.close()
+            raise
         self.started = self.printed = self.saved = self.mark = time.monotonic()
         self.seconds = resumed['seconds'] if resumed else 0.0
         self.dropped: list[str] = resumed['dropped'] if resumed else []
@@ -527,6 +521,20 @@ class Run:
         self.val_loss = math.nan
         self.stop = False  # set by Ctrl-C: save after the step, then stop
         self.terminal = sys.stdout.isatty()
+
+    def take_folder(self, log_size: int, fresh: bool) -> None:
+        """Keep other processes out of the run folder; cut the log to where the checkpoint was, or begin with config.json."""
+        try:
+            if fcntl:
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+        except BlockingIOError:
+            raise ConfigError(f'{self.folder}: another process is at work there; wait, or choose another --out') from None
+        if fresh:
+            unused(self.folder)  # once more, now that nobody else can be at it
+            write_whole(self.folder / 'config.json', json_line(dataclasses.asdict(self.config), indent=1))
+        if (size := self.log.tell()) < log_size:
+            print(f'note: {self.folder}/log.jsonl has lost its end; the search itself goes on exactly', file=sys.stderr)
+        self.log.truncate(min(size, log_size))  # what was written after the checkpoint is done again
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
@@ -722,10 +730,12 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, Optional[dict[s
     if Path(config.out).resolve() != folder.resolve():
         config.out = str(folder)  # it was moved
     try:
-        checkpoint = torch.load(path, map_location=config.device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about files that are something else: that is said below
+            checkpoint = torch.load(path, map_location=config.device, weights_only=True)
         kinds = {'state': dict, 'model': dict, 'seconds': float, 'log_size': int, 'dropped': list, 'config': dict,
                  'versions': dict, 'random': Tensor}
-        if not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
+        if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
             raise TypeError('it is something else')
         checkpoint['state']['step'] + checkpoint['state']['skipped']
     except FileNotFoundError:
