@@ -109,8 +109,9 @@ class Lookup(torch.autograd.Function):
             # A NaN may become any index; the result is NaN all the same, by x below.
             i_.copy_(torch.mul(x_, scale, out=y_).add_(limit * scale).clamp_(0, last)).clamp_(min=0)
             i = as_rows(i_)
-            if lines.dtype == torch.float32:
+            if lines.dtype == torch.float32 and x.device.type == 'cpu':
                 # One gather fetches intercept and slope: as 8 bytes they are one int64. It may overwrite its own index.
+                # On a CPU twice as fast as the plain way below.
                 torch.gather(lines.view(torch.int64).view(1, -1).expand(len(i), -1), 1, i, out=i)
                 line = i.view(-1).view(torch.float32).view(-1, 2)
             else:
