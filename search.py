@@ -115,10 +115,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                          weight_decay=0.05),
         'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, lr=1e-3, lr_end=0.1, warmup=0.1,
                         weight_decay=0.1),
-        # every restart takes some 12 s of one core; the first is usually enough
+        # a search takes some 6 s; the first is mostly enough
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
                     weight_decay=0.0, arch_lr=0.1, warmstart=0.05, shrink_until=0.9, normalise='centre', points=1024,
-                    runoff=0, refine=10, restarts=4, target=2e-4),
+                    runoff=0, refine=10, restarts=8, target=2e-4),
     },
     'paper': {
         # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs, one of them warm
@@ -238,10 +238,10 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         if not warm or config.warm_alphas:
             gradients = [torch.zeros_like(p) for p in architecture]
             for _ in range(config.accumulate):
+                x, y = next(val_batches)
                 cell.draw()
                 if not cell.learns:
                     break  # one operation a choice point, and none with a scalar: nothing left to learn here
-                x, y = next(val_batches)
                 with frozen(model):
                     val_loss = loss(model(x), y)
                     found = torch.autograd.grad(val_loss, architecture, allow_unused=True)
@@ -594,14 +594,15 @@ class Run:
         step, steps = row['step'], self.config.steps
         numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
         self.val_loss = numbers.get('val_loss', self.val_loss)
-        numbers.update(operations=self.cell.operations(), expression=self.cell.expression(), dropped=self.dropped,
+        numbers.update(temperature=self.cell.temperature, operations=self.cell.operations(), expression=self.cell.expression(), dropped=self.dropped,
                        bad=self.skipped, alpha=[[round(v, 4) for v in a.tolist()] for a in self.cell.alpha],
                        curve=[round(v, 4) for v in self.cell.curve()])
         self.dropped = []
         self.write(numbers)
         skipped = f' | {self.skipped} steps skipped, not finite: see log.jsonl' if self.skipped else ''
         pace = self.pace[step <= self.config.at(self.config.warmstart)]
-        self.show(f"step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} val "
+        search = f"search {row['restart'] + 1} of up to {self.config.restarts}, " if self.config.restarts > 1 else ''
+        self.show(f"{search}step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} val "
                   f"{self.val_loss:.3f} | {numbers['operations']} ops left | {self.cell.activation().formula}{skipped} | "
                   f"{pace:.2f} s/step | {clock(self.left(step))} left",
                   time.monotonic() - self.printed > 10 or step in (1, steps))

@@ -31,6 +31,7 @@ PLANTED = {
     'tanh': ('tanh(x)', 'base'),
     '|x|': ('abs(x)', 'base'),
     'ReLU^2': ('square(relu(x))', 'base'),
+    'bump tanh(x)^2': ('square(tanh(x))', 'base'),  # 1 - sech(x)^2: a bump, but for sign and shift
     'bump sigmoid(-x^2)': ('gate(neg(square(x)), const(1))', 'base'),
     'sine': ('sin(x)', 'base,periodic'),
     'Mish, two stages': ('mul(tanh(softplus(x)), x)', 'base'),
