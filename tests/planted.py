@@ -39,6 +39,12 @@ PLANTED = {
 CLOSE = 0.02  # RMS difference under N(0, 1) as a share of the planted function's standard deviation
 
 
+def measured(found: Activation, planted: str) -> dict[str, Any]:
+    """How far the found function is: at the best input scale, and (strict) at the very scale that was planted."""
+    distances = [distance(found.double(), named(planted), rescale) for rescale in (True, False)]
+    return {'found': found.float().expression, 'distance': distances[0], 'strict': distances[1]}
+
+
 def searched(name: str, seed: int) -> dict[str, Any]:
     expression, ops = PLANTED[name]
     config = configure(Config, PRESETS, dict(model='toy', teacher=expression, ops=ops, seed=seed, device='cpu'))
@@ -46,8 +52,7 @@ def searched(name: str, seed: int) -> dict[str, Any]:
     started = time.monotonic()
     restarts = set()
     found, _ = search(model, train, val, loss, config, lambda row, snapshot: restarts.add(row.get('restart', 0)))
-    return {'method': 'search', 'found': found.expression, 'distance': distance(found.double(), named(expression)),
-            'restarts': len(restarts), 'seconds': round(time.monotonic() - started, 1)}
+    return {'method': 'search', **measured(found, expression), 'restarts': len(restarts), 'seconds': round(time.monotonic() - started, 1)}
 
 
 def at_random(name: str, seed: int, seconds: float) -> dict[str, Any]:
@@ -70,25 +75,26 @@ def at_random(name: str, seed: int, seconds: float) -> dict[str, Any]:
             optimizer.zero_grad()
         result, tried = score(model, judge, loss)['loss'], tried + 1
         best = min(best, (result, candidate)) if result == result else best
-    return {'method': 'random', 'found': best[1], 'distance': distance(Activation(best[1]).double(), named(expression)),
-            'tried': tried, 'seconds': round(time.monotonic() - started, 1)}
+    return {'method': 'random', **measured(Activation(best[1]), expression), 'tried': tried, 'seconds': round(time.monotonic() - started, 1)}
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    lines = ['| planted | searches | within 2 % | median distance | worst | seconds, median and most | random search within 2 % |',
-             '|---|---|---|---|---|---|---|']
-    close = total = 0
+    lines = ['| planted | searches | within 2 % | at the same input scale | median distance | worst | seconds, median and most | '
+             'random search within 2 % | at the same input scale |', '|---|---|---|---|---|---|---|---|---|']
+    close = strict = total = 0
     for name in PLANTED:
         mine, random = ([r for r in rows if r['planted'] == name and r['method'] == m] for m in ('search', 'random'))
         if not mine:
             continue
-        hits = sum(r['distance'] < CLOSE for r in mine)
-        close, total = close + hits, total + len(mine)
+        hits, exact = (sum(r[measure] < CLOSE for r in mine) for measure in ('distance', 'strict'))
+        close, strict, total = close + hits, strict + exact, total + len(mine)
         seconds = [r['seconds'] for r in mine]
-        lines.append(f"| {name} | {len(mine)} | {hits} | {100 * statistics.median(r['distance'] for r in mine):.2f} % | "
+        lines.append(f"| {name} | {len(mine)} | {hits} | {exact} | {100 * statistics.median(r['distance'] for r in mine):.2f} % | "
                      f"{100 * max(r['distance'] for r in mine):.2f} % | {statistics.median(seconds):.0f}, {max(seconds):.0f} | "
-                     f"{sum(r['distance'] < CLOSE for r in random)} of {len(random)} |")
-    return '\n'.join([*lines, '', f'{close} of {total} searches came within 2 %: {100 * close / max(total, 1):.0f} %'])
+                     f"{sum(r['distance'] < CLOSE for r in random)} of {len(random)} | "
+                     f"{sum(r['strict'] < CLOSE for r in random)} |")
+    return '\n'.join([*lines, '', f'{close} of {total} searches came within 2 %: {100 * close / max(total, 1):.0f} %; '
+                      f'{strict} at the same input scale'])
 
 
 if __name__ == '__main__':
@@ -113,5 +119,5 @@ if __name__ == '__main__':
                 rows.append({'planted': name, 'seed': seed, **row, 'threads': given.threads, 'torch': torch.__version__})
                 with open(path, 'a') as file:
                     file.write(json.dumps(rows[-1]) + '\n')
-                print(f"{name:20s} seed {seed} {method}: {100 * row['distance']:6.2f} %  {row['seconds']:.0f} s  {row['found']}", flush=True)
+                print(f"{name:20s} seed {seed} {method}: {100 * row['distance']:6.2f} % (strict {100 * row['strict']:6.2f} %)  {row['seconds']:.0f} s  {row['found']}", flush=True)
     print(report(rows))
