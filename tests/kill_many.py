@@ -1,7 +1,8 @@
 """Kill a search 25 times at random moments and see that it ends as if nothing had happened: python tests/kill_many.py
 
-By hand, some minutes. Each kill is a kill -9, of a process that has lived between none and `--longest` seconds; then the
-search is resumed. When it ends before all kills are spent, the result is compared and a new one begins.
+By hand, some minutes. Each is a kill -9 up to `--longest` seconds after the process saved for the first time, or, one in
+five, after it was started; then the search is resumed. When it ends before all kills are spent, the result is compared
+and a new one begins.
 """
 import argparse
 import random
@@ -10,15 +11,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_resume import OPTIONS, ROOT, result  # noqa: E402
 
 
-def search(arguments: list[str], seconds: float = 600.0) -> int:
-    """Run search.py for so long, at most; its exit code, -9 when it was killed."""
+def search(arguments: list[str], seconds: float = 600.0, saved: Optional[Path] = None) -> int:
+    """Run search.py for so long at most, counted from when it replaces the file `saved`; its exit code, -9 when killed."""
+    def age() -> float:
+        return saved.stat().st_mtime if saved and saved.exists() else 0.0
+    before = age()
     process = subprocess.Popen([sys.executable, str(ROOT / 'search.py'), *arguments, '--no-plot'], stdout=subprocess.DEVNULL)
+    while saved and age() == before and process.poll() is None:
+        time.sleep(0.005)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -29,7 +37,7 @@ def search(arguments: list[str], seconds: float = 600.0) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=25)
-    parser.add_argument('--longest', type=float, default=12.0, help='seconds; about as long as the whole search takes')
+    parser.add_argument('--longest', type=float, default=1.5, help='seconds')
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     given = parser.parse_args()
     moments, kills, searches = random.Random(given.seed), 0, 0
@@ -41,7 +49,7 @@ def main() -> None:
             code, arguments = 1, [*OPTIONS, '--out', str(folder)]
             while code:
                 limit = moments.uniform(0.0, given.longest) if kills < given.kills else 600.0
-                code = search(arguments, limit)
+                code = search(arguments, limit, folder / 'checkpoint.pt' if kills % 5 else None)
                 assert code in (0, -signal.SIGKILL), f'exit code {code}'
                 kills += code != 0
                 if (folder / 'config.json').exists():

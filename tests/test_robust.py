@@ -627,3 +627,20 @@ def test_ledger_cut_by_a_kill(tmp_path, monkeypatch, capsys):
     evaluate.append(Path('l.jsonl'), {**ROW, 'seed': 1})
     assert [row['seed'] for row in evaluate.read_ledger(Path('l.jsonl'))] == [0, 1]
     assert 'line 2 is cut' in capsys.readouterr().err
+
+
+def test_a_runoff_in_which_nothing_trains(tmp_path, monkeypatch, capsys):
+    """Candidates whose training is not finite rank last; when that is all of them the result says so, in strict JSON."""
+    original = search.runoff
+
+    def poisoned(model, state, train_batches, *rest):
+        return original(model, state, Poisoned(train_batches, set(range(1, 999))), *rest)
+
+    monkeypatch.setattr(search, 'runoff', poisoned)
+    search.main([*TOY, '--teacher', '', '--data', 'cifar10_16', '--runoff', '3', '--runoff-steps', '2', '--out', str(tmp_path / 'a')])
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / 'a/activation.json').read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert content['validation']['loss'] is None
+    assert 'not finite' in content['warning'] and 'not finite' in out
+    for line in (tmp_path / 'a/log.jsonl').read_text().splitlines():
+        json.loads(line, parse_constant=lambda text: pytest.fail(text))
