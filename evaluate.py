@@ -238,10 +238,13 @@ def append(path: Path, row: dict[str, Any]) -> None:
     line = json_line(row) if row else b''
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
         with open(path, 'a+b', buffering=0) as file:
             if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b'\n':
                 line = b'\n' + line  # a kill cut the last line; do not write on behind it
             write_line(file, line, path)
+        if new and not row:
+            path.unlink()
     except OSError as error:
         raise ValueError(f'cannot write {path}: {error.strerror}; choose another ledger with --out') from None
 
@@ -463,7 +466,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
     with one_line_errors(lambda: 'the same command goes on where it was'):
         chosen, given = options(Config, parser, arguments)
         config = configure(Config, PRESETS, chosen)
-        if given.card:
+        if given.card is not None:
             print(card(resolve(given.card)))
             return
         if given.report:
@@ -471,14 +474,14 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 raise ValueError(f"cannot read {', '.join(missing)}: no such file; --report takes ledgers that exist")
             rows = [row for path in given.report for row in read_ledger(Path(path))]
             if not rows:
-                raise ValueError(f"no runs in {', '.join(given.report)}; a ledger is what a finished run is written to, see --out")
+                raise ValueError(f"no runs in {', '.join(given.report)}; a ledger is the file that --out names")
             against = given.against and Path(given.against.replace(' ', '')).name  # a run folder is called by its name
             if against:
                 valid('activation in --against', against, dict.fromkeys(row['name'] for row in rows))
             print(report(rows, against, given.metric))
             reference_name = against or STANDARD.get(rows[0]['settings'].get('model'), 'relu')
         else:
-            reference = resolve(given.against or standard_of(config.model))
+            reference = resolve(standard_of(config.model) if given.against is None else given.against)
             reference_name = reference.name
             if not 0 <= given.random <= 10_000:
                 raise ValueError(f'--random {given.random}: from 0 to 10,000')
@@ -494,7 +497,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
                             lambda line: print(line, flush=True))
             print('\n' + report(rows, reference_name, given.metric))
             print(f'\nledger: {config.out}   the table again: python evaluate.py --report {config.out}')
-        if given.figures:
+        if given.figures is not None:
             print(figures.evaluation(rows, reference_name, Path(given.figures)))
 
 

@@ -59,7 +59,8 @@ def history(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Optiona
             rows.append(json.loads(line))
         except ValueError:
             continue
-    rows = [row for row in rows if isinstance(row, dict) and {'step', 'alpha', 'curve'} <= row.keys()]
+    rows = [row for row in rows if isinstance(row, dict) and {'step', 'restart', 'alpha', 'curve', 'temperature'} <= row.keys()]
+    rows = [row for row in rows if row['restart'] == rows[-1]['restart']]  # of several searches the last
     if len(rows) < 2:
         raise ValueError(f'--plot {folder}: log.jsonl has fewer than two steps so far; try again in a minute')
     return config, rows, found
@@ -77,7 +78,9 @@ def weights_of(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[
                 if dropped.startswith(choice + ':'):
                     active[names.index(dropped.split(':')[1])] = False
             alpha = torch.tensor(row['alpha'][k])
-            w = alpha.exp() if config['sampler'] == 'softmax' else (F.elu(alpha) + 1).clamp(min=1e-2)  # as Cell.weights
+            w = (F.elu(alpha) + 1).clamp(min=1e-2)  # as Cell.weights
+            if config['sampler'] == 'softmax':
+                w = (alpha.where(active, -math.inf) / row['temperature']).softmax(0)
             series.append(torch.where(active, w / w[active].sum(), math.nan).tolist())
         weights.append(dict(zip(names, map(list, zip(*series)))))
     return weights

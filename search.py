@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional, get_type_hints
@@ -65,12 +66,16 @@ class Config(Training):
     shrink_from: float = option(0.3, 'step at which dropping operations starts')
     shrink_until: float = option(0.92, 'step at which one operation a choice point is left')
     shrink: str = option('linear', 'pace of the drops: linear, log (paper: most of them early) or none (all at the end)')
-    sampler: str = option('mean', f'how alphas become weights: {", ".join(SAMPLERS)} (paper: dirichlet)')
+    sampler: str = option('softmax', f'how alphas become weights: {", ".join(SAMPLERS)} (paper: dirichlet)')
+    temperature: float = option(0.1, 'of the softmax at shrink_until, falling from 1: the cell is nearly discrete by then')
     normalise: str = option('scale', "take gain out of each site's table: none (paper), scale or centre")
     ops: str = option('base', 'operations: base, periodic, swish, no-composites, names; a minus takes one out')
     clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; 'none' for none")
     points: int = option(8193, 'of the grid on which the cell is tabulated; best an odd number, at most 32,767')
-    # the run-off (ours)
+    # after the descent (ours)
+    refine: int = option(0, 'weight steps for each neighbour of the discrete cell, one operation changed; 0: none (paper)')
+    restarts: int = option(1, 'searches from fresh alphas and weights; their functions meet in the run-off')
+    target: float = option(0.0, 'no restart once the validation loss is below this')
     runoff: int = option(12, 'candidates trained from scratch and judged on validation; 0: none (paper)')
     runoff_steps: float = option(0.04, 'steps of the first round; each further round halves the field and doubles them')
     # the log
@@ -83,8 +88,10 @@ class Config(Training):
         valid('--shrink', self.shrink, ('linear', 'log', 'none'))
         valid('--data', self.data, data.DATA if not self.teacher else ('teacher',))
         within(self, 0, 'runoff', 'seed', 'arch_weight_decay', 'warmstart', 'shrink_from', 'shrink_until', 'arch_lr',
-               'shrink_until', 'runoff_steps', 'checkpoint_every')
+               'shrink_until', 'runoff_steps', 'checkpoint_every', 'refine', 'target')
         within(self, 20, 'steps')
+        within(self, 1, 'restarts')
+        within(self, 1e-3, 'temperature')
         within(self, 64, 'points')
         if self.points > 32768:
             raise ConfigError(f'--points {self.points}: at most 32768, the index of a lookup has 16 bits')
@@ -108,8 +115,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                          weight_decay=0.05),
         'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, lr=1e-3, lr_end=0.1, warmup=0.1,
                         weight_decay=0.1),
-        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2, weight_decay=0.0,
-                    warmstart=0.05, shrink_until=0.9, normalise='centre', runoff=0),
+        # a search takes some 6 s; the first is mostly enough
+        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
+                    weight_decay=0.0, arch_lr=0.1, warmstart=0.05, shrink_until=0.9, normalise='centre', points=1024,
+                    runoff=0, refine=10, restarts=8, target=2e-4),
     },
     'paper': {
         # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs, one of them warm
@@ -159,7 +168,7 @@ def bound(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
     anywhere, and is seen where it happens.
     """
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
-    finite = bool(torch.stack([norm, *torch._foreach_norm(list(others))]).isfinite().all())
+    finite = bool(torch.stack(torch._foreach_norm([norm, *others])).isfinite().all())
     if finite and limit:
         torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
     return finite
@@ -204,39 +213,25 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
     cell = cell_of(model)
     weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
     assert not {id(p) for p in model.parameters()} & {id(p) for p in architecture}, 'weights and architecture overlap'
-    weight_opt = weight_optimizer(weights, config)
-    arch_opt = torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999),
-                                weight_decay=config.arch_weight_decay)
-    drops, warmstart = cell.operations() - 6, config.at(config.warmstart)
+    drops, warmstart, discrete = cell.operations() - 6, config.at(config.warmstart), config.at(config.shrink_until)
     # What is neither in a module nor in an optimiser. skipped: steps that were not finite, in all and in a row just now.
-    state: dict[str, Any] = {'step': 0, 'runoff': None, 'initial': copy.deepcopy(model.state_dict()),
-                             'proposals': [cell.standard.expression], 'skipped': 0, 'in_a_row': 0}
+    state: dict[str, Any] = {'step': 0, 'restart': 0, 'runoff': None, 'initial': copy.deepcopy(model.state_dict()),
+                             'proposals': [cell.standard.expression], 'found': [], 'skipped': 0, 'in_a_row': 0}
     # What a forward pass changes besides: running statistics of batch norm, and the cell's histograms of inputs.
     running = [b for b in [*model.buffers(), cell.seen] if b.is_floating_point()]
-    holders = {'model': model, 'cell': cell, 'weight_opt': weight_opt, 'arch_opt': arch_opt,
-               'train_batches': train_batches, 'val_batches': val_batches}
+    holders = {'model': model, 'cell': cell, 'train_batches': train_batches, 'val_batches': val_batches,
+               **optimizers(weights, architecture, config)}
     if resumed:
-        try:
-            for name, holder in holders.items():
-                holder.load_state_dict(resumed[name])
-            state = resumed['state']
-            torch.set_rng_state(resumed['random'].cpu())
-            if cell.grid.is_cuda:
-                torch.cuda.set_rng_state(resumed['random_cuda'].cpu())
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise ConfigError(f'the checkpoint does not fit the run ({type(error).__name__}); start the search again with '
-                              f'another --out') from None
+        state = restore(resumed, holders)
 
     def snapshot() -> dict[str, Any]:
         return {'state': state, **{name: holder.state_dict() for name, holder in holders.items()},
                 'random': torch.get_rng_state(),
                 'random_cuda': torch.cuda.get_rng_state() if cell.grid.is_cuda else None}
 
-    model.train()
-    for step in range(state['step'], config.steps):
-        warm = step < warmstart
-        row: dict[str, Any] = {'step': step + 1}
-        trouble: dict[str, Any] = {}
+    def bilevel(rate: float, warm: bool) -> dict[str, Any]:
+        """One step of both levels at this learning rate of the weights; what is to be reported of it."""
+        weight_opt, arch_opt, row = holders['weight_opt'], holders['arch_opt'], {}
 
         # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradients over
         #    without writing a .grad anywhere; the weights do not even ask for one.
@@ -259,13 +254,13 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
                 arch_opt.step()
             else:
                 with frozen(model):
-                    trouble = {'skipped': 'architecture', 'loss': val_loss.item(), **blame(model, cell, x)}
+                    row['trouble'] = {'skipped': 'architecture', 'loss': val_loss.item(), **blame(model, cell, x)}
             arch_opt.zero_grad()
 
         # 2. Weight step: the weights, on training batches. The tables are drawn without a graph, so that nothing
         #    leads back to the alphas.
         for group in weight_opt.param_groups:
-            group['lr'] = learning_rate(step, config)
+            group['lr'] = rate
         before = [b.clone() for b in running]
         for _ in range(config.accumulate):
             x, y = next(train_batches)
@@ -280,34 +275,119 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         if bound([p.grad for p in weights if p.grad is not None], config.grad_clip, row['train_loss'], *running):
             weight_opt.step()
         else:
-            trouble = {'skipped': 'weights', 'loss': train_loss.item(), **blame(model, cell, x)}
+            row['trouble'] = {'skipped': 'weights', 'loss': train_loss.item(), **blame(model, cell, x)}
             for b, old in zip(running, before):
                 b.copy_(old)
         weight_opt.zero_grad()
+        return row
 
-        # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
-        while drops + 6 - cell.operations() < drops_due(step + 1, config, drops):
-            row.setdefault('dropped', []).append(cell.drop())
-        # Proposals for the run-off: what the alphas say at moments spread over the search.
-        if not warm and (step + 1 - warmstart) % max(1, (config.steps - warmstart) // max(config.runoff, 1)) == 0:
-            state['proposals'].append(cell.expression())
-        state['step'] = step + 1
-        state['in_a_row'] = state['in_a_row'] + 1 if trouble else 0
-        state['skipped'] += bool(trouble)
-        report(row | ({'trouble': trouble} if trouble else {}), snapshot)
-        if state['in_a_row'] >= MAX_SKIPPED:
-            raise Failed(f'{MAX_SKIPPED} steps in a row were skipped, the last at step {step + 1}: {said(trouble)}; try a '
-                         f'smaller --lr, a smaller --clip, or --normalise scale')
+    model.train()
+    while state['runoff'] is None:
+        for step in range(state['step'], config.steps):
+            cell.temperature = config.temperature ** min(1.0, step / discrete)
+            row = {'step': step + 1, 'restart': state['restart']} | bilevel(learning_rate(step, config), step < warmstart)
 
-    assert cell.operations() == 6, 'the shrinking schedule did not end with one operation a choice point'
-    if not config.runoff:
+            # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
+            while drops + 6 - cell.operations() < drops_due(step + 1, config, drops):
+                row.setdefault('dropped', []).append(cell.drop())
+            # Proposals for the run-off: what the alphas say at moments spread over the search.
+            if step >= warmstart and (step + 1 - warmstart) % max(1, (config.steps - warmstart) // max(config.runoff, 1)) == 0:
+                state['proposals'].append(cell.expression())
+            state['step'] = step + 1
+            trouble = row.get('trouble')
+            state['in_a_row'] = state['in_a_row'] + 1 if trouble else 0
+            state['skipped'] += bool(trouble)
+            report(row, snapshot)
+            if state['in_a_row'] >= MAX_SKIPPED:
+                raise Failed(f'{MAX_SKIPPED} steps in a row were skipped, the last at step {step + 1}: {said(trouble)}; try '
+                             f'a smaller --lr, a smaller --clip, or --normalise scale')
+
+        assert cell.operations() == 6, 'the shrinking schedule did not end with one operation a choice point'
+        if config.refine:
+            refine(model, train_batches, val_batches, loss, config, bilevel, report, snapshot)
         with torch.no_grad():
             cell.draw()
-        return cell.activation(), score(model, itertools.islice(val_batches, 20), loss)
+        result = score(model, itertools.islice(val_batches, 20), loss)
+        state['found'].append([result['loss'] if math.isfinite(result['loss']) else math.inf, cell.expression(), result])
+        state['restart'] += 1
+        if state['restart'] == config.restarts or result['loss'] < config.target:
+            break
+        # Once more, from other alphas: far enough from uniform not to end in the same place.
+        state['step'] = 0
+        model.load_state_dict(state['initial'])
+        cell.reset(0.3)
+        holders.update(optimizers(weights, architecture, config))
+        report({'restarting': state['restart']}, snapshot)
+
+    if not config.runoff:
+        best = min(state['found'], key=lambda entry: entry[0])
+        return Activation(best[1], config.clip), best[2]
     if state['runoff'] is None:
-        field = [cell.expression(), *reversed(state['proposals'])]  # without duplicates, the latest first
+        field = [*(entry[1] for entry in state['found']), *reversed(state['proposals'])]  # without duplicates, latest first
         state['runoff'] = {'field': list(dict.fromkeys(field))[:config.runoff], 'steps': max(2, config.at(config.runoff_steps))}
     return runoff(model, state, train_batches, val_batches, loss, config, report, snapshot)
+
+
+def optimizers(weights: list[Tensor], architecture: list[Tensor], config: Config) -> dict[str, torch.optim.Optimizer]:
+    return {'weight_opt': weight_optimizer(weights, config),
+            'arch_opt': torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999),
+                                         weight_decay=config.arch_weight_decay)}
+
+
+def restore(resumed: dict[str, Any], holders: dict[str, Any]) -> dict[str, Any]:
+    """Put a checkpoint back into all its holders; the rest of its state. Raises ConfigError when it does not fit."""
+    try:
+        for name, holder in holders.items():
+            holder.load_state_dict(resumed[name])
+        torch.set_rng_state(resumed['random'].cpu())
+        if resumed['random_cuda'] is not None:
+            torch.cuda.set_rng_state(resumed['random_cuda'].cpu())
+        return resumed['state']
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ConfigError(f'the checkpoint does not fit the run ({type(error).__name__}); start the search again with '
+                          f'another --out') from None
+
+
+def refine(model: nn.Module, train_batches: Iterator, val_batches: Iterator, loss: Callable, config: Config,
+           bilevel: Callable, report: Callable[..., None], snapshot: Callable) -> None:
+    """Move from the discrete cell to its best neighbour, until no neighbour is better (ours).
+
+    The last drops jump: what the alphas preferred in a mixture need not be best alone. So each neighbour, one of the six
+    operations changed, is judged on the same validation batches after the same few weight steps from the same weights.
+    """
+    cell, rate = cell_of(model), 0.3 * config.lr
+    for sweep in range(1, 11):
+        report({'refine': sweep, 'formula': cell.activation().formula}, snapshot)
+        for _ in range(4 * config.refine):
+            bilevel(rate, warm=False)  # weights and scalars settle
+        train, judge = list(itertools.islice(train_batches, config.refine)), list(itertools.islice(val_batches, 4))
+        kept, here = copy.deepcopy(model.state_dict()), [active[0] for active in cell.active]
+        neighbours = [here] + [[*here[:k], j, *here[k + 1:]] for k in range(6) for j in range(len(cell.ops[k])) if j != here[k]]
+        losses: dict[tuple[float, ...], float] = {}  # by values of the function: many neighbours are one and the same
+        best, first = math.inf, math.inf
+        for chosen in neighbours:
+            cell.active = [[j] for j in chosen]
+            with torch.no_grad():
+                cell.draw()
+            key = tuple(torch.cat(cell.tables)[::64].tolist())
+            if key in losses:
+                continue
+            optimizer = weight_optimizer([p for p in model.parameters() if p.requires_grad],
+                                         dataclasses.replace(config, lr=rate))
+            for x, y in train:
+                loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            losses[key] = score(model, judge, loss)['loss']
+            model.load_state_dict(kept)
+            if chosen is here:
+                first = losses[key]
+            if losses[key] < best:
+                best, winner = losses[key], chosen
+        better = best < 0.97 * first
+        cell.active = [[j] for j in (winner if better else here)]
+        if not better:
+            return
 
 
 def runoff(model: nn.Module, state: dict[str, Any], train_batches: Iterator, val_batches: Iterator, loss: Callable,
@@ -428,17 +508,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = open(self.folder / 'log.jsonl', 'ab', buffering=0)
         try:
-            if fcntl:
-                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
-        except BlockingIOError:
-            raise ConfigError(f'{self.folder}: another process is at work there; wait, or choose another --out') from None
-        if fresh:  # once more, now that nobody else can be at it
-            unused(self.folder)
-            write_whole(self.folder / 'config.json', json_line(dataclasses.asdict(config), indent=1))
-        size, expected = self.log.tell(), resumed['log_size'] if resumed else 0
-        if size < expected:
-            print(f'note: {self.folder}/log.jsonl has lost its end; the search itself goes on exactly', file=sys.stderr)
-        self.log.truncate(min(size, expected))  # what was written after the checkpoint is done again
+            self.take_folder(resumed['log_size'] if resumed else 0, fresh)
+        except BaseException:
+            self.log.close()
+            raise
         self.started = self.printed = self.saved = self.mark = time.monotonic()
         self.seconds = resumed['seconds'] if resumed else 0.0
         self.dropped: list[str] = resumed['dropped'] if resumed else []
@@ -448,6 +521,20 @@ class Run:
         self.val_loss = math.nan
         self.stop = False  # set by Ctrl-C: save after the step, then stop
         self.terminal = sys.stdout.isatty()
+
+    def take_folder(self, log_size: int, fresh: bool) -> None:
+        """Keep other processes out of the run folder; cut the log to where the checkpoint was, or begin with config.json."""
+        try:
+            if fcntl:
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+        except BlockingIOError:
+            raise ConfigError(f'{self.folder}: another process is at work there; wait, or choose another --out') from None
+        if fresh:
+            unused(self.folder)  # once more, now that nobody else can be at it
+            write_whole(self.folder / 'config.json', json_line(dataclasses.asdict(self.config), indent=1))
+        if (size := self.log.tell()) < log_size:
+            print(f'note: {self.folder}/log.jsonl has lost its end; the search itself goes on exactly', file=sys.stderr)
+        self.log.truncate(min(size, log_size))  # what was written after the checkpoint is done again
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
@@ -460,12 +547,16 @@ class Run:
         os.write(2, b'\nstopping as soon as this step is done and saved; Ctrl-C again: at once\n')  # print is not safe here
 
     def report(self, row: dict[str, Any], snapshot: Optional[Callable[[], dict]]) -> None:
-        if 'candidate' in row:
+        if 'refine' in row:
+            self.write(row)
+            self.show(f"neighbours, round {row['refine']}: {row['formula']}", True)
+            self.save(snapshot)
+        elif 'candidate' in row:
             self.write(row)
             self.show(f"run-off, {row['runoff_steps']} steps each: validation {row['loss']:.4f}  {row['formula']}", True)
             if self.stop:
                 raise KeyboardInterrupt  # saved when the round began, which begins again
-        elif 'runoff' in row:
+        elif 'runoff' in row or 'restarting' in row:
             self.save(snapshot)
         else:
             self.dropped += row.get('dropped', [])
@@ -503,14 +594,15 @@ class Run:
         step, steps = row['step'], self.config.steps
         numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
         self.val_loss = numbers.get('val_loss', self.val_loss)
-        numbers.update(operations=self.cell.operations(), expression=self.cell.expression(), dropped=self.dropped,
+        numbers.update(temperature=self.cell.temperature, operations=self.cell.operations(), expression=self.cell.expression(), dropped=self.dropped,
                        bad=self.skipped, alpha=[[round(v, 4) for v in a.tolist()] for a in self.cell.alpha],
                        curve=[round(v, 4) for v in self.cell.curve()])
         self.dropped = []
         self.write(numbers)
         skipped = f' | {self.skipped} steps skipped, not finite: see log.jsonl' if self.skipped else ''
         pace = self.pace[step <= self.config.at(self.config.warmstart)]
-        self.show(f"step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} val "
+        search = f"search {row['restart'] + 1} of up to {self.config.restarts}, " if self.config.restarts > 1 else ''
+        self.show(f"{search}step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} val "
                   f"{self.val_loss:.3f} | {numbers['operations']} ops left | {self.cell.activation().formula}{skipped} | "
                   f"{pace:.2f} s/step | {clock(self.left(step))} left",
                   time.monotonic() - self.printed > 10 or step in (1, steps))
@@ -639,10 +731,12 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, Optional[dict[s
     if Path(config.out).resolve() != folder.resolve():
         config.out = str(folder)  # it was moved
     try:
-        checkpoint = torch.load(path, map_location=config.device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about files that are something else: that is said below
+            checkpoint = torch.load(path, map_location=config.device, weights_only=True)
         kinds = {'state': dict, 'model': dict, 'seconds': float, 'log_size': int, 'dropped': list, 'config': dict,
                  'versions': dict, 'random': Tensor}
-        if not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
+        if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
             raise TypeError('it is something else')
         checkpoint['state']['step'] + checkpoint['state']['skipped']
     except FileNotFoundError:

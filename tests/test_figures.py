@@ -20,7 +20,8 @@ from cell import CHOICES, Cell
 def run(tmp_path_factory):
     """A short search of a planted function, without pictures so far."""
     folder = tmp_path_factory.mktemp('run') / 'toy'
-    search.main(['--model', 'toy', '--steps', '40', '--batch-size', '32', '--points', '256', '--out', str(folder), '--no-plot'])
+    search.main(['--model', 'toy', '--steps', '40', '--batch-size', '32', '--points', '256', '--out', str(folder), '--no-plot',
+                 '--restarts', '2', '--refine', '0', '--target', '0'])
     return folder
 
 
@@ -62,7 +63,7 @@ def test_a_run_that_is_going_on(run, tmp_path):
     (folder / 'log.jsonl').write_bytes(b'\n'.join(lines[:20]) + b'\n' + lines[20][:50])
     assert 'search.png' in figures.draw(folder) and (folder / 'search.gif').stat().st_size > 1000
     config, rows, found = figures.history(folder)
-    assert len(rows) == 20 and found is None
+    assert len(rows) == 20 and found is None and {row['restart'] for row in rows} == {0}
 
 
 def test_weights_are_those_of_the_cell(run):
@@ -70,7 +71,8 @@ def test_weights_are_those_of_the_cell(run):
     config, rows, _ = figures.history(run)
     weights = figures.weights_of(config, rows)
     for at in (0, len(rows) // 2, len(rows) - 1):
-        cell = Cell(config['ops'], sampler='mean', points=64)
+        cell = Cell(config['ops'], sampler=config['sampler'], points=64)
+        cell.temperature = rows[at]['temperature']
         for row in rows[:at + 1]:
             for dropped in row['dropped']:
                 choice, name = dropped.split(':')
@@ -107,7 +109,8 @@ def test_nothing_to_draw(run, tmp_path, capsys, damage, word):
 
 def test_without_matplotlib(run, tmp_path, no_matplotlib, capsys):
     """A search ends as always, with the plot in the terminal; one line says what to install."""
-    search.main(['--model', 'toy', '--steps', '30', '--batch-size', '16', '--points', '128', '--out', str(tmp_path / 'run')])
+    search.main(['--model', 'toy', '--steps', '30', '--batch-size', '16', '--points', '128', '--out', str(tmp_path / 'run'),
+                 '--restarts', '1', '--refine', '0'])
     out = capsys.readouterr().out
     assert out.count('pip install matplotlib') == 1 and '* found   . relu' in out
     assert (tmp_path / 'run' / 'activation.json').exists() and not (tmp_path / 'run' / 'search.png').exists()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ['--model', 'resnet20', '--steps', '20', '--batch-size', '2', '--device', 'cpu', '--sampler', 'dirichlet',
            '--normalise', 'scale', '--warmstart', '4', '--shrink-from', '6', '--shrink-until', '17', '--runoff', '4',
            '--runoff-steps', '2', '--ops', 'identity,tanh,bias,scale,relu,add,mul,mix', '--points', '64',
-           '--checkpoint-every', '0']
+           '--no-plot', '--checkpoint-every', '0']
 
 
 class Killed(BaseException):
@@ -71,8 +71,8 @@ def test_ended_at_any_moment(moments, reference, tmp_path, monkeypatch):
     folder = tmp_path / 'run'
     assert run_until(monkeypatch, [*OPTIONS, '--out', str(folder)], moments[0])
     for calls in moments[1:]:
-        assert run_until(monkeypatch, ['--resume', str(folder)], calls)
-    search.main(['--resume', str(folder)])
+        assert run_until(monkeypatch, ['--resume', str(folder), '--no-plot'], calls)
+    search.main(['--resume', str(folder), '--no-plot'])
     assert result(folder) == reference
 
 
@@ -82,16 +82,17 @@ def test_checkpoints_change_nothing(reference, tmp_path, capsys):
     folder = tmp_path / 'run'
     search.main([*OPTIONS, '--out', str(folder)])
     assert result(folder) == reference
-    assert sorted(path.name for path in folder.iterdir()) == ['activation.json', 'checkpoint.pt', 'config.json', 'log.jsonl']
+    assert sorted(path.name for path in folder.iterdir()) == ['activation.json', 'activation.py', 'checkpoint.pt', 'config.json',
+                                                                  'log.jsonl']
     before = [path.read_bytes() for path in sorted(folder.iterdir())]
     capsys.readouterr()
-    search.main(['--resume', str(folder)])
+    search.main(['--resume', str(folder), '--no-plot'])
     assert 'is finished' in capsys.readouterr().out
     assert before == [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(ROOT / 'search.py'), *arguments], stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, str(ROOT / 'search.py'), *arguments, '--no-plot'], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
@@ -113,8 +114,9 @@ def test_kill_9(tmp_path):
         process.kill()
         process.communicate()
         process = start('--resume', str(tmp_path / 'run'))
-    search.main([*options, '--out', str(tmp_path / 'whole')])
-    assert process.wait(100) == 0, process.communicate()[1]
+    search.main([*options, '--out', str(tmp_path / 'whole'), '--no-plot'])
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
     assert result(tmp_path / 'run') == result(tmp_path / 'whole')
 
 
@@ -127,7 +129,7 @@ def test_ctrl_c(reference, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f'--resume {folder}' in err and 'Traceback' not in err
-    search.main(['--resume', str(folder)])
+    search.main(['--resume', str(folder), '--no-plot'])
     assert result(folder) == reference
 
 
@@ -146,7 +148,7 @@ def test_ctrl_c_in_the_runoff(reference, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 130 and '--resume' in capsys.readouterr().err
     assert sum('candidate' in line for line in (folder / 'log.jsonl').read_text().splitlines()) == 1
     monkeypatch.setattr(search.Run, 'report', original)
-    search.main(['--resume', str(folder)])
+    search.main(['--resume', str(folder), '--no-plot'])
     assert result(folder) == reference
 
 

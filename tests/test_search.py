@@ -286,7 +286,7 @@ def test_the_run_off_keeps_the_best():
 # The command line.
 
 SMOKE = {'resnet20': ['--batch-size', '4', '--runoff', '6'], 'vit_tiny': ['--batch-size', '2', '--runoff', '2'],
-         'minigpt': ['--batch-size', '2', '--context', '16'], 'toy': []}
+         'minigpt': ['--batch-size', '2', '--context', '16'], 'toy': ['--restarts', '1', '--refine', '2']}
 
 
 def run(folder, model, *more):

@@ -1,0 +1,123 @@
+"""Does the searcher search? Plants functions in a teacher network, searches them, and writes down how close it came.
+
+    python tests/planted.py --seeds 0:10 --out results/planted.jsonl      by hand; a search is a line, none is repeated
+    python tests/planted.py --report results/planted.jsonl
+
+Every search is that of `python search.py --model toy --teacher FUNCTION --seed SEED`. Beside it stands random search at
+equal cost: cells drawn at random, each with the student trained on it for 60 steps (which ranks them well enough) and
+scored on validation batches, for as many seconds as the search took; the best on validation is its answer.
+"""
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from activation import Activation, distance, named
+from cell import random_expression
+from search import PRESETS, Config, cell_of, configure, prepare, score, search, weight_optimizer
+
+# name: (expression, operations)
+PLANTED = {
+    'SiLU': ('mul(sigmoid(x), x)', 'base'),
+    'square': ('square(x)', 'base'),
+    'tanh': ('tanh(x)', 'base'),
+    '|x|': ('abs(x)', 'base'),
+    'ReLU^2': ('square(relu(x))', 'base'),
+    'bump tanh(x)^2': ('square(tanh(x))', 'base'),  # 1 - sech(x)^2: a bump, but for sign and shift
+    'bump sigmoid(-x^2)': ('gate(neg(square(x)), const(1))', 'base'),
+    'sine': ('sin(x)', 'base,periodic'),
+    'Mish, two stages': ('mul(tanh(softplus(x)), x)', 'base'),
+}
+CLOSE = 0.02  # RMS difference under N(0, 1) as a share of the planted function's standard deviation
+
+
+def measured(found: Activation, planted: str) -> dict[str, Any]:
+    """How far the found function is: at the best input scale, and (strict) at the very scale that was planted."""
+    distances = [distance(found.double(), named(planted), rescale) for rescale in (True, False)]
+    return {'found': found.float().expression, 'distance': distances[0], 'strict': distances[1]}
+
+
+def searched(name: str, seed: int) -> dict[str, Any]:
+    expression, ops = PLANTED[name]
+    config = configure(Config, PRESETS, dict(model='toy', teacher=expression, ops=ops, seed=seed, device='cpu'))
+    model, train, val, loss = prepare(config)
+    started = time.monotonic()
+    restarts = set()
+    found, _ = search(model, train, val, loss, config, lambda row, snapshot: restarts.add(row.get('restart', 0)))
+    return {'method': 'search', **measured(found, expression), 'restarts': len(restarts), 'seconds': round(time.monotonic() - started, 1)}
+
+
+def at_random(name: str, seed: int, seconds: float) -> dict[str, Any]:
+    expression, ops = PLANTED[name]
+    config = configure(Config, PRESETS, dict(model='toy', teacher=expression, ops=ops, seed=seed, device='cpu'))
+    model, train, val, loss = prepare(config)
+    cell, draw, initial = cell_of(model), torch.Generator().manual_seed(seed), {k: v.clone() for k, v in model.state_dict().items()}
+    batches, judge = list(itertools.islice(train, 60)), list(itertools.islice(val, 8))
+    started, best, tried = time.monotonic(), (float('inf'), 'x'), 0
+    while time.monotonic() - started < seconds:
+        candidate = random_expression(draw, ops)
+        with torch.no_grad():
+            table = Activation(candidate, config.clip)(cell.grid)[None].expand(cell.sites, -1)
+            cell.use(cell.normalised(table))  # mean 0 and the variance of the standard, as in the search
+        model.load_state_dict(initial)
+        optimizer = weight_optimizer([p for p in model.parameters() if p.requires_grad], config)
+        for x, y in batches:
+            loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        result, tried = score(model, judge, loss)['loss'], tried + 1
+        best = min(best, (result, candidate)) if result == result else best
+    return {'method': 'random', **measured(Activation(best[1]), expression), 'tried': tried, 'seconds': round(time.monotonic() - started, 1)}
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    lines = ['| planted | searches | within 2 % | at the same input scale | median distance | worst | seconds, median and most | '
+             'random search within 2 % | at the same input scale |', '|---|---|---|---|---|---|---|---|---|']
+    close = strict = total = 0
+    for name in PLANTED:
+        mine, random = ([r for r in rows if r['planted'] == name and r['method'] == m] for m in ('search', 'random'))
+        if not mine:
+            continue
+        hits, exact = (sum(r[measure] < CLOSE for r in mine) for measure in ('distance', 'strict'))
+        close, strict, total = close + hits, strict + exact, total + len(mine)
+        seconds = [r['seconds'] for r in mine]
+        lines.append(f"| {name} | {len(mine)} | {hits} | {exact} | {100 * statistics.median(r['distance'] for r in mine):.2f} % | "
+                     f"{100 * max(r['distance'] for r in mine):.2f} % | {statistics.median(seconds):.0f}, {max(seconds):.0f} | "
+                     f"{sum(r['distance'] < CLOSE for r in random)} of {len(random)} | "
+                     f"{sum(r['strict'] < CLOSE for r in random)} |")
+    return '\n'.join([*lines, '', f'{close} of {total} searches came within 2 %: {100 * close / max(total, 1):.0f} %; '
+                      f'{strict} at the same input scale'])
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', default='0:10')
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--out', default='results/planted.jsonl')
+    parser.add_argument('--report', metavar='LEDGER')
+    given = parser.parse_args()
+    path = Path(given.report or given.out)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not given.report:
+        torch.set_num_threads(given.threads)
+        done = {(r['planted'], r['seed'], r['method']) for r in rows}
+        for seed, name in itertools.product(range(*map(int, given.seeds.split(':'))), PLANTED):
+            seconds = next((r['seconds'] for r in rows if (r['planted'], r['seed'], r['method']) == (name, seed, 'search')), 0)
+            for method in 'search', 'random':
+                if (name, seed, method) in done:
+                    continue
+                row = searched(name, seed) if method == 'search' else at_random(name, seed, seconds)
+                seconds = row['seconds']
+                rows.append({'planted': name, 'seed': seed, **row, 'threads': given.threads, 'torch': torch.__version__})
+                with open(path, 'a') as file:
+                    file.write(json.dumps(rows[-1]) + '\n')
+                print(f"{name:20s} seed {seed} {method}: {100 * row['distance']:6.2f} % (strict {100 * row['strict']:6.2f} %)  {row['seconds']:.0f} s  {row['found']}", flush=True)
+    print(report(rows))
