@@ -195,8 +195,8 @@ class Cell(nn.Module):
         self.alpha = nn.ParameterList([nn.Parameter(torch.empty(len(ops))) for ops in self.ops])
         self.scalars = nn.ParameterList([nn.Parameter(torch.empty(sum(op.scalar is not None for op in ops)))
                                          for ops in self.ops])
-        self.reset(1e-3)  # alphas near 0: elu(alpha) + 1 near 1, the Dirichlet uniform over the simplex
         self.temperature = 1.0  # of the softmax sampler: towards 0 all weight goes to the highest alpha
+        self.reset(1e-3)  # alphas near 0: elu(alpha) + 1 near 1, the Dirichlet uniform over the simplex
         self.register_buffer('grid', uniform_grid(points, limit))
         self.limit = limit
         # Histogram of the inputs of each site, a running mean; N(0, 1) until something is seen.
@@ -215,12 +215,23 @@ class Cell(nn.Module):
         return Site(self, self.sites - 1)
 
     @torch.no_grad()
-    def reset(self, spread: float) -> None:
-        """Start anew: all operations, scalars at their first values, alphas ~ N(0, spread^2)."""
+    def reset(self, spread: float, start: float = 0.0) -> None:
+        """Start anew: all operations, scalars at their first values, alphas ~ N(0, spread^2).
+
+        start: weight given to the standard activation, so that the relaxed cell begins not far from it (ours): to U3,
+        its operation, and to B1, right(a, b) = b. 0: none, all operations alike (paper). Nothing is done for a standard
+        activation that is no operation of the cell.
+        """
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not yet dropped, by choice point
         for alpha, scalars, ops in zip(self.alpha, self.scalars, self.ops):
             alpha.normal_(0.0, spread)
             scalars.copy_(torch.tensor([op.scalar for op in ops if op.scalar is not None]))
+        names = [[op.name for op in ops] for ops in self.ops]
+        first = {4: self.standard.expression.removesuffix('(x)'), 5: 'right'}
+        if start and all(name in names[k] for k, name in first.items()):
+            for k, name in first.items():
+                odds = start / (1 - start) * (len(names[k]) - 1)  # to one of the others
+                self.alpha[k][names[k].index(name)] += math.log(odds) if self.sampler == 'softmax' else odds - 1
 
     # -- from alphas to weights
 
@@ -359,14 +370,25 @@ class Cell(nn.Module):
         return cell_expression(picked, tuple(scalars))
 
     @torch.no_grad()
+    def means(self) -> list[Tensor]:
+        """One (active operations,) tensor a choice point: the mean weights, without the noise of a sampler."""
+        means = []
+        for k in range(6):
+            if self.sampler == 'softmax':
+                means.append((self.alpha[k][self.active[k]] / self.temperature).softmax(0))
+            else:
+                means.append(self.concentration(k) / self.concentration(k).sum())
+        return means
+
+    def sample(self) -> str:
+        """A discrete cell, each operation drawn by its mean weight, as text with its scalars."""
+        return self.expression([active[int(torch.multinomial(w.cpu(), 1))] for active, w in zip(self.active, self.means())])
+
+    @torch.no_grad()
     def curve(self, points: int = 81, limit: float = 4.0) -> list[float]:
         """The relaxed function at its mean weights, at `points` inputs from -limit to limit: for the log and figures."""
-        weights = []
-        for k in range(6):
-            sharp = self.alpha[k][self.active[k]] / self.temperature
-            c = sharp.softmax(0) if self.sampler == 'softmax' else self.concentration(k)
-            weights.append((c / c.sum())[None])
-        return self.evaluate(torch.linspace(-limit, limit, points, device=self.grid.device), weights).flatten().tolist()
+        x = torch.linspace(-limit, limit, points, device=self.grid.device)
+        return self.evaluate(x, [w[None] for w in self.means()]).flatten().tolist()
 
     def activation(self) -> Activation:
         """The discrete cell as a module of its own."""

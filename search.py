@@ -59,7 +59,7 @@ class Config(Training):
     teacher: str = option('', 'for --model toy: plant this function in a teacher network and see whether it is found')
     steps: int = option(500, 'bi-level steps; one is an architecture step and a weight step')
     # the cell
-    arch_lr: float = option(0.01, 'of alphas and scalars (Adam, betas 0.5 and 0.999)')
+    arch_lr: float = option(0.03, 'of alphas and scalars (Adam, betas 0.5 and 0.999)')
     arch_weight_decay: float = option(1e-3, 'of alphas and scalars')
     warmstart: float = option(0.15, 'first steps, in which the weights train with the standard activation')
     warm_alphas: bool = option(False, 'the alphas learn during the warm start already (paper); else they rest')
@@ -74,10 +74,11 @@ class Config(Training):
     points: int = option(8193, 'of the grid on which the cell is tabulated; best an odd number, at most 32,767')
     # after the descent (ours)
     refine: int = option(0, 'weight steps for each neighbour of the discrete cell, one operation changed; 0: none (paper)')
+    start: float = option(0.5, 'weight of the standard activation when the relaxed cell takes over; 0: none (paper)')
     restarts: int = option(1, 'searches from fresh alphas and weights; their functions meet in the run-off')
     target: float = option(0.0, 'no restart once the validation loss is below this')
-    runoff: int = option(12, 'candidates trained from scratch and judged on validation; 0: none (paper)')
-    runoff_steps: float = option(0.04, 'steps of the first round; each further round halves the field and doubles them')
+    runoff: int = option(18, 'candidates trained from scratch and judged on validation; 0: none (paper)')
+    runoff_steps: float = option(0.12, 'steps of the first round; each further one takes a third of the field for twice as long')
     # the log
     checkpoint_every: float = option(60.0, 'seconds between checkpoints')
 
@@ -91,6 +92,8 @@ class Config(Training):
                'shrink_until', 'runoff_steps', 'checkpoint_every', 'refine', 'target')
         within(self, 20, 'steps')
         within(self, 1, 'restarts')
+        if not 0 <= self.start < 1:
+            raise ConfigError(f'--start {self.start}: it must be a share, 0 up to below 1')
         within(self, 1e-3, 'temperature')
         within(self, 64, 'points')
         if self.points > 32768:
@@ -106,19 +109,19 @@ class Config(Training):
 # The settings that depend on the model. laptop: chosen on the built-in samples, see results/README.md. paper: its
 # appendix; epochs are counted in steps of the 75 % of the data that trains the weights.
 _PAPER = dict(sampler='dirichlet', normalise='none', warm_alphas=True, shrink='log', shrink_until=0.98,
-              grad_clip=5.0, runoff=0)
+              grad_clip=5.0, start=0.0, runoff=0)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'laptop': {
-        'resnet20': dict(data='cifar10_16', steps=500, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
-                         weight_decay=5e-4),
-        'vit_tiny': dict(data='cifar10_16', steps=300, batch_size=32, lr=5e-4, lr_end=0.1, warmup=0.1,
+        'resnet20': dict(data='cifar10_16', steps=250, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
+                         weight_decay=5e-4, runoff_steps=0.16),
+        'vit_tiny': dict(data='cifar10_16', steps=120, batch_size=32, lr=5e-4, lr_end=0.1, warmup=0.1,
                          weight_decay=0.05),
-        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, lr=1e-3, lr_end=0.1, warmup=0.1,
-                        weight_decay=0.1),
+        'minigpt': dict(data='tinystories_sample', steps=150, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
+                        weight_decay=0.1, runoff_steps=0.14),
         # a search takes some 6 s; the first is mostly enough
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
                     weight_decay=0.0, arch_lr=0.1, warmstart=0.05, shrink_until=0.9, normalise='centre', points=1024,
-                    runoff=0, refine=10, restarts=8, target=2e-4),
+                    start=0.0, runoff=0, refine=10, restarts=8, target=2e-4),
     },
     'paper': {
         # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs, one of them warm
@@ -223,6 +226,8 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
                **optimizers(weights, architecture, config)}
     if resumed:
         state = restore(resumed, holders)
+    else:
+        cell.reset(1e-3, config.start)
 
     def snapshot() -> dict[str, Any]:
         return {'state': state, **{name: holder.state_dict() for name, holder in holders.items()},
@@ -291,8 +296,8 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
             while drops + 6 - cell.operations() < drops_due(step + 1, config, drops):
                 row.setdefault('dropped', []).append(cell.drop())
             # Proposals for the run-off: what the alphas say at moments spread over the search.
-            if step >= warmstart and (step + 1 - warmstart) % max(1, (config.steps - warmstart) // max(config.runoff, 1)) == 0:
-                state['proposals'].append(cell.expression())
+            if config.runoff and step >= warmstart and (step + 1 - warmstart) % max(1, (discrete - warmstart) // config.runoff) == 0:
+                state['proposals'] += [cell.expression(), cell.sample(), cell.sample()]
             state['step'] = step + 1
             trouble = row.get('trouble')
             state['in_a_row'] = state['in_a_row'] + 1 if trouble else 0
@@ -315,7 +320,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         # Once more, from other alphas: far enough from uniform not to end in the same place.
         state['step'] = 0
         model.load_state_dict(state['initial'])
-        cell.reset(0.3)
+        cell.reset(0.3, config.start)
         holders.update(optimizers(weights, architecture, config))
         report({'restarting': state['restart']}, snapshot)
 
@@ -323,8 +328,10 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         best = min(state['found'], key=lambda entry: entry[0])
         return Activation(best[1], config.clip), best[2]
     if state['runoff'] is None:
-        field = [*(entry[1] for entry in state['found']), *reversed(state['proposals'])]  # without duplicates, latest first
-        state['runoff'] = {'field': list(dict.fromkeys(field))[:config.runoff], 'steps': max(2, config.at(config.runoff_steps))}
+        found, (standard, *proposals) = [entry[1] for entry in state['found']], state['proposals']
+        spread = [proposals[int(k)] for k in torch.randperm(len(proposals))]
+        state['runoff'] = {'field': different([*found, standard, *spread], config.clip)[:config.runoff],
+                           'steps': max(2, config.at(config.runoff_steps))}
     return runoff(model, state, train_batches, val_batches, loss, config, report, snapshot)
 
 
@@ -390,19 +397,33 @@ def refine(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
             return
 
 
+@torch.no_grad()
+def different(expressions: list[str], clip: Optional[float]) -> list[str]:
+    """Those that are functions of their own: neither the same as one before, up to 1 %, nor a straight line, nor a
+    constant, nor without a value somewhere on [-5, 5]."""
+    x, kept = torch.linspace(-5, 5, 101), []
+    for expression in dict.fromkeys(expressions):
+        f = Activation(expression, clip)
+        y = f(x).expand(x.shape)
+        same = any((y - other).norm() <= 0.01 * other.norm() for _, other in kept)
+        if y.isfinite().all() and bend(f) > 0.01 and not same:
+            kept.append((expression, y))
+    return [expression for expression, _ in kept]
+
+
 def runoff(model: nn.Module, state: dict[str, Any], train_batches: Iterator, val_batches: Iterator, loss: Callable,
            config: Config, report: Callable[..., None], snapshot: Callable) -> tuple[Activation, dict[str, float]]:
     """Which of the proposed functions is best when trained from scratch? Successive halving (ours).
 
     The search rewards a function that suits weights already trained; this judges what a user will do with it. All
     candidates start from the same initial weights and see the same batches: training batches train, validation batches
-    judge. The better half goes on to a round of twice the steps.
+    judge. The best third goes on to a round of twice the steps.
     """
     cell = cell_of(model)
     while True:
         field, steps = state['runoff']['field'], state['runoff']['steps']
         report({'runoff': len(field), 'runoff_steps': steps}, snapshot)
-        train, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, 20))
+        train, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, 10))
         ranking = []
         for expression in field:
             activation = Activation(expression, config.clip).to(cell.grid.device)
@@ -426,9 +447,9 @@ def runoff(model: nn.Module, state: dict[str, Any], train_batches: Iterator, val
             ranking.append((result['loss'] if math.isfinite(result['loss']) else math.inf, expression, result))
             report({'candidate': expression, 'formula': activation.formula, 'runoff_steps': steps, **result}, None)
         ranking.sort(key=lambda entry: entry[0])
-        if len(ranking) <= 3:
+        if len(ranking) <= 2:
             return Activation(ranking[0][1], config.clip), ranking[0][2]
-        state['runoff'] = {'field': [entry[1] for entry in ranking[:math.ceil(len(ranking) / 2)]], 'steps': 2 * steps}
+        state['runoff'] = {'field': [entry[1] for entry in ranking[:math.ceil(len(ranking) / 3)]], 'steps': 2 * steps}
 
 
 @torch.no_grad()
@@ -586,7 +607,7 @@ class Run:
         cold, field, length = max(config.at(config.warmstart) - step, 0), config.runoff, config.at(config.runoff_steps)
         runoff = 0
         while field:
-            runoff, field, length = runoff + field * length, 0 if field <= 3 else math.ceil(field / 2), 2 * length
+            runoff, field, length = runoff + field * length, 0 if field <= 2 else math.ceil(field / 3), 2 * length
         return warm * (cold + runoff) + both * (config.steps - max(step, config.at(config.warmstart)))
 
     def progress(self, row: dict[str, Any]) -> None:
