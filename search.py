@@ -77,7 +77,7 @@ class Config(Training):
     start: float = option(0.5, 'weight of the standard activation when the relaxed cell takes over; 0: none (paper)')
     restarts: int = option(1, 'searches from fresh alphas and weights; their functions meet in the run-off')
     target: float = option(0.0, 'no restart once the validation loss is below this')
-    runoff: int = option(18, 'candidates trained from scratch and judged on validation; 0: none (paper)')
+    runoff: int = option(24, 'candidates trained from scratch and judged on validation; 0: none (paper)')
     runoff_steps: float = option(0.12, 'steps of the first round; each further one takes a third of the field for twice as long')
     # the log
     checkpoint_every: float = option(60.0, 'seconds between checkpoints')
@@ -113,11 +113,11 @@ _PAPER = dict(sampler='dirichlet', normalise='none', warm_alphas=True, shrink='l
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'laptop': {
         'resnet20': dict(data='cifar10_16', steps=250, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
-                         weight_decay=5e-4, runoff_steps=0.16),
+                         weight_decay=5e-4, runoff_steps=0.14),
         'vit_tiny': dict(data='cifar10_16', steps=120, batch_size=32, lr=5e-4, lr_end=0.1, warmup=0.1,
                          weight_decay=0.05),
         'minigpt': dict(data='tinystories_sample', steps=150, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
-                        weight_decay=0.1, runoff_steps=0.14),
+                        weight_decay=0.1, runoff_steps=0.12),
         # a search takes some 6 s; the first is mostly enough
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
                     weight_decay=0.0, arch_lr=0.1, warmstart=0.05, shrink_until=0.9, normalise='centre', points=1024,
@@ -295,7 +295,9 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
             # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
             while drops + 6 - cell.operations() < drops_due(step + 1, config, drops):
                 row.setdefault('dropped', []).append(cell.drop())
-            # Proposals for the run-off: what the alphas say at moments spread over the search.
+            # Proposals for the run-off: neighbours of the standard activation, then what the alphas say, now and then.
+            if config.runoff and step == warmstart:
+                state['proposals'] += [cell.sample() for _ in range(config.runoff)]
             if config.runoff and step >= warmstart and (step + 1 - warmstart) % max(1, (discrete - warmstart) // config.runoff) == 0:
                 state['proposals'] += [cell.expression(), cell.sample(), cell.sample()]
             state['step'] = step + 1
