@@ -558,6 +558,7 @@ class Run:
         if (size := self.log.tell()) < log_size:
             print(f'note: {self.folder}/log.jsonl has lost its end; the search itself goes on exactly', file=sys.stderr)
         self.log.truncate(min(size, log_size))  # what was written after the checkpoint is done again
+        self.log.seek(0, os.SEEK_END)  # subtle: truncate leaves the position, which `save` asks for, where it was
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started

@@ -64,7 +64,7 @@ def run_until(monkeypatch, arguments: list[str], calls: int) -> bool:
         monkeypatch.setattr(search.Run, 'report', original)
 
 
-@pytest.mark.parametrize('moments', [(1,), (2,), (9, 7), (21,), (24, 1)], ids=str)
+@pytest.mark.parametrize('moments', [(1,), (2,), (9, 7), (21,), (24, 2)], ids=str)
 def test_ended_at_any_moment(moments, reference, tmp_path, monkeypatch):
     """In the warm start, before the first checkpoint, among the drops and in both rounds of the run-off, several times in
     a row: result and log are those of the search that nobody ended."""
