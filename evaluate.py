@@ -24,10 +24,12 @@ import data
 import figures
 from activation import NAMED, Activation, gallery, named
 from cell import Tabulated, random_expression
-from models import (STANDARD, Parser, Training, bytes_kept, check_memory, configure, cross_entropy, json_line,
-                    learning_rate, memory_needed, network, one_line_errors, option, options, parse_json, read_json,
-                    standard_of, weight_optimizer, write_line)
+from models import STANDARD
+from models_own import network, standard_of
 from ops import valid
+from training import (Parser, Training, bytes_kept, check_memory, configure, cross_entropy, json_line, learning_rate,
+                      memory_needed, one_line_errors, option, options, parse_json, read_json, weight_optimizer,
+                      write_line)
 
 
 @dataclass

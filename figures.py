@@ -16,7 +16,7 @@ from torch import Tensor
 
 from activation import Activation, named
 from cell import CHOICES
-from models import standard_of
+from models_own import standard_of
 from ops import select
 
 MISSING = 'none; pip install matplotlib to have them'

@@ -33,7 +33,9 @@ from torch import Tensor
 import data
 from activation import named
 from cell import Cell, Tabulated, dense, in_memory_order
-from models import STANDARD, configure, cross_entropy, network, weight_optimizer
+from models import STANDARD
+from models_own import network
+from training import configure, cross_entropy, weight_optimizer
 from search import PRESETS, Config, bound, frozen, new_cell, search
 
 # batch: the stated one; few: that of the cell op by op, which would need minutes and tens of GB at the stated one

@@ -22,7 +22,8 @@ import torch
 
 from activation import Activation, distance, named
 from cell import random_expression
-from search import PRESETS, Config, cell_of, configure, prepare, score, search, weight_optimizer
+from search import PRESETS, Config, cell_of, prepare, score, search
+from training import configure, weight_optimizer
 
 # name: (expression, operations)
 PLANTED = {

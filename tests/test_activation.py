@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 import activation
 import evaluate
-from activation import NAMED, Activation, ExpressionError, distance, gallery, length, named, parse, ranges, with_values
+from activation import NAMED, Activation, distance, gallery, named
+from expression import ExpressionError, length, parse, with_values
+from simplify import ranges
 from cell import random_expression
 from ops import ALL, BINARY_NAMES, CLIP
 

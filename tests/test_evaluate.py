@@ -15,6 +15,8 @@ import torch.nn.functional as F
 import data
 import evaluate
 import models
+import models_own
+import training
 from activation import NAMED, Activation, named
 from cell import random_expression
 from evaluate import Candidate, resolve, seeds_of
@@ -214,10 +216,10 @@ def test_the_test_uses_the_network_as_it_will_be_used():
     for name, dataset in ('resnet20', images), ('minigpt', text):
         results = []
         for size in 40, 7:
-            config = models.configure(evaluate.Config, evaluate.PRESETS, dict(
+            config = training.configure(evaluate.Config, evaluate.PRESETS, dict(
                 model=name, device='cpu', batch_size=size, context=16, dropout=0.5))
             torch.manual_seed(0)
-            results.append(evaluate.test(models.network(config, torch.nn.ReLU, dataset).train(), dataset, config))
+            results.append(evaluate.test(models_own.network(config, torch.nn.ReLU, dataset).train(), dataset, config))
         assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
@@ -449,7 +451,7 @@ def test_table_while_it_runs(tmp_path, capsys):
 
 def test_a_candidate_is_not_changed_by_training(tmp_path):
     """Every seed starts from the function as it was found, not from where the last run left its scalars."""
-    config = models.configure(evaluate.Config, evaluate.PRESETS, dict(model='toy', steps=5, device='cpu'))
+    config = training.configure(evaluate.Config, evaluate.PRESETS, dict(model='toy', steps=5, device='cpu'))
     candidate = Candidate('mine', Activation('scale(relu(x), 0.5)'))
     rows = [evaluate.retrain(candidate, config, data.load('cifar10_16'), seed=0) for _ in range(2)]
     assert candidate.activation.expression == 'scale(relu(x), 0.5)'

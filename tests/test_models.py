@@ -13,7 +13,9 @@ import evaluate
 import models
 import search
 from cell import Cell, Site
-from models import Block, MiniGPT, ResNet20, Training, ViTTiny, build, configure, learning_rate, options
+import training
+from models import Block, MiniGPT, ResNet20, ViTTiny, build
+from training import Training, configure, learning_rate, options
 
 ROOT = Path(models.__file__).resolve().parent
 SCRIPTS = {script.__name__: (script.Config, script.PRESETS, script.main) for script in (search, evaluate)}
@@ -192,7 +194,7 @@ def test_learning_rate_by_hand(step, settings, expected):
 def test_weight_decay_leaves_vectors_alone():
     """AdamW with gradient 0: matrices shrink by lr * weight_decay, biases and learned scalars do not."""
     matrix, vector, scalar = (nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), ()))
-    optimizer = models.weight_optimizer([matrix, vector, scalar], Training(optimizer='adamw', lr=0.1, weight_decay=0.5))
+    optimizer = training.weight_optimizer([matrix, vector, scalar], Training(optimizer='adamw', lr=0.1, weight_decay=0.5))
     for p in matrix, vector, scalar:
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -273,5 +275,5 @@ def test_impossible_settings(script, given, word):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has a GPU')
 def test_cuda_that_is_not_there():
     with pytest.raises(ValueError, match='--device cuda: .* use --device cpu'):
-        models.choose_device('cuda')
-    assert models.choose_device('auto') in ('cpu', 'mps')
+        training.choose_device('cuda')
+    assert training.choose_device('auto') in ('cpu', 'mps')

@@ -18,8 +18,8 @@ from torch import nn
 
 import data
 import evaluate
-import models
 import search
+import training
 from cell import Cell, blame
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -508,7 +508,7 @@ def test_memory_needed():
     random = torch.get_rng_state()
     needed = []
     for config.batch_size in (64, 128, 192):
-        needed.append(models.memory_needed(model, batches, loss, config))
+        needed.append(training.memory_needed(model, batches, loss, config))
     # 19 sites of 16x16x16 floats at the least, kept once before each norm
     assert needed[1] - needed[0] == pytest.approx(needed[2] - needed[1], rel=1e-3)
     assert 64 * (7 * 16 + 6 * 8 + 6 * 4) * 16 * 16 * 4 < needed[1] - needed[0] < 64 * 20e6
@@ -551,7 +551,7 @@ def poisoned_search(bad_train: set[int], bad_val: set[int], **options):
 
     try:
         search.search(model, Poisoned(train, bad_train), Poisoned(val, bad_val), loss, config, report)
-    except models.Failed as error:
+    except training.Failed as error:
         rows.append(error)
     return rows, states
 

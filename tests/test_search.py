@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import search as script
 from activation import Activation
 from cell import Cell
-from models import build, cross_entropy, teacher_and_student
+from models import build, teacher_and_student
+from training import cross_entropy
 from search import Config, search
 
 ROOT = Path(script.__file__).resolve().parent
