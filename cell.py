@@ -105,9 +105,10 @@ class Lookup(torch.autograd.Function):
         x = dense(x)
         y, index = torch.empty_like(x), torch.empty_like(x, dtype=torch.int16)  # 2 bytes an element to keep
         scale, last = len(lines) / (2 * limit), len(lines) - 1
+        middle = torch.tensor(len(lines) / 2, dtype=x.dtype)
         for x_, y_, i_ in chunks(x, y, index):
             # A NaN may become any index; the result is NaN all the same, by x below.
-            i_.copy_(torch.mul(x_, scale, out=y_).add_(limit * scale).clamp_(0, last)).clamp_(min=0)
+            i_.copy_(torch.add(middle, x_, alpha=scale, out=y_).clamp_(0, last)).clamp_(min=0)
             i = as_rows(i_)
             if lines.dtype == torch.float32 and x.device.type == 'cpu':
                 # One gather fetches intercept and slope: as 8 bytes they are one int64. It may overwrite its own index.

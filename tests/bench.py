@@ -208,13 +208,14 @@ def compare(model: str, rounds: int, mb: dict[str, float]) -> dict[str, float]:
     return {key: round(value, 3) for key, value in result.items()}
 
 
-def found(rounds: int) -> None:
+KINDS = {'relu': 'plain', f'{EXPENSIVE}, op by op': EXPENSIVE, f'{EXPENSIVE}, by table': f'table:{EXPENSIVE}'}
+
+
+def found(rounds: int, mb: dict[str, float]) -> None:
     """A training step of resnet20 with an expensive function, as in retraining: op by op, by table, and with ReLU."""
-    kinds = {'relu': 'plain', f'{EXPENSIVE}, op by op': EXPENSIVE, f'{EXPENSIVE}, by table': f'table:{EXPENSIVE}'}
-    mb = {name: memory('resnet20', kind, 64, 'plain_step') for name, kind in kinds.items()}
-    ms = medians({name: Bench('resnet20', kind, 64).plain_step for name, kind in kinds.items()}, rounds)
+    ms = medians({name: Bench('resnet20', kind, 64).plain_step for name, kind in KINDS.items()}, rounds)
     print(f'\nTraining step of resnet20, batch 64; {EXPENSIVE} is {named(EXPENSIVE).formula}\n')
-    table(['activation', 'ms', 'MB'], [[name, ms[name], mb[name]] for name in kinds])
+    table(['activation', 'ms', 'MB'], [[name, ms[name], mb[name]] for name in KINDS])
 
 
 def one_site(cell: Cell) -> Callable[[], nn.Module]:
@@ -261,6 +262,7 @@ def main() -> None:
     models = [given.only] if given.only else list(SIZES)
     mb = {model: {kind: memory(model, kind, SIZES[model]['batch'], step)  # first, while this process is small itself
                   for kind, step in (('plain', 'plain_step'), ('table', 'bilevel_step'))} for model in models}
+    mb_found = {} if given.only else {name: memory('resnet20', kind, 64, 'plain_step') for name, kind in KINDS.items()}
     results = {model: compare(model, given.rounds, mb[model]) for model in models}
     table(['network', 'batch', 'plain step, ms', 'weight step, ms', 'architecture step, ms',
            '(weight + architecture) / plain', 'op by op / table *', 'memory / plain', 'drawing', 'batching',
@@ -270,7 +272,7 @@ def main() -> None:
             f"{100 * r['batch_share']:.1f} %", r['search_ms']] for model, r in results.items()])
     print('\n* measured at batch', ', '.join(f"{SIZES[model]['few']} ({model})" for model in models), 'and scaled')
     if not given.only:
-        found(given.rounds)
+        found(given.rounds, mb_found)
     print()
     print(json.dumps(results))
 

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import activation
+import expression
+import simplify
 import evaluate
 from activation import NAMED, Activation, distance, gallery, named
 from expression import ExpressionError, length, parse, with_values
 from simplify import ranges
 from cell import random_expression
-from ops import ALL, BINARY_NAMES, CLIP
+from ops import ALL, BINARY_NAMES, CLIP, Op
 
 
 @pytest.mark.parametrize('text, formula', [
@@ -199,7 +201,7 @@ def test_ranges_hold_the_values():
     x = torch.linspace(-14, 14, 28 * 64 + 1, dtype=torch.float64)
     for f in cells(200, seed=3, ops='base,periodic,swish'):
         low, high = ranges(with_values(f.tree, [s.item() for s in f.scalars]), f.clip)
-        piece = torch.bucketize(x, activation.EDGES[1:-1])
+        piece = torch.bucketize(x, simplify.EDGES[1:-1])
         with torch.no_grad():
             y = f(x)
         assert (y >= low[piece] - 1e-9).all() and (y <= high[piece] + 1e-9).all(), f.expression
@@ -208,7 +210,7 @@ def test_ranges_hold_the_values():
 def test_below_is_below():
     """Each pair of the table, on 200,001 points."""
     x = torch.linspace(-200, 200, 200_001, dtype=torch.float64)
-    for name, above in activation.BELOW.items():
+    for name, above in simplify.BELOW.items():
         for other in above.split():
             assert (ALL[name](x) <= ALL[other](x) + 1e-12).all(), (name, other)
 
@@ -285,7 +287,7 @@ def test_every_operation_can_be_exported():
         exec(f.module(), namespace)
         x = torch.linspace(-3, 3, 101)
         torch.testing.assert_close(namespace['Found']()(x), f(x))
-    own = activation.Node(activation.Op('own', lambda a: a + 1, 'own({a})'), ('x',), None)
+    own = expression.Node(Op('own', lambda a: a + 1, 'own({a})'), ('x',), None)
     with pytest.raises(ExpressionError, match='operation own .* CODE'):
         activation.module_text(own, 'own(x)', None, '')
 

@@ -76,6 +76,25 @@ def test_ended_at_any_moment(moments, reference, tmp_path, monkeypatch):
     assert result(folder) == reference
 
 
+# Two searches, each with a descent over neighbours: 20 steps and some rounds, a restart, 20 steps and some rounds.
+RESTARTED = ['--model', 'toy', '--steps', '20', '--batch-size', '16', '--device', 'cpu', '--ops', 'identity,tanh,scale,relu,add,mul',
+             '--points', '64', '--restarts', '2', '--refine', '1', '--target', '0', '--teacher', 'mul(tanh(x), x)', '--no-plot',
+             '--checkpoint-every', '0']
+
+
+@pytest.mark.parametrize('moments', [(21,), (22, 9), (30, 16)], ids=str)
+def test_ended_among_neighbours_and_restarts(moments, tmp_path, monkeypatch):
+    """In the first round over neighbours, in the second, at the restart and after it."""
+    search.main([*RESTARTED[:-1], '1e9', '--out', str(tmp_path / 'whole')])
+    folder = tmp_path / 'run'
+    assert run_until(monkeypatch, [*RESTARTED, '--out', str(folder)], moments[0])
+    for calls in moments[1:]:
+        assert run_until(monkeypatch, ['--resume', str(folder), '--no-plot'], calls)
+    search.main(['--resume', str(folder), '--no-plot'])
+    assert result(folder) == result(tmp_path / 'whole')
+    assert {json.loads(line)['restart'] for line in result(folder)[1] if '"restart"' in line} == {0, 1}
+
+
 def test_checkpoints_change_nothing(reference, tmp_path, capsys):
     """A checkpoint after every step, and a log line after every step, change neither result nor log; no temporary file is
     left; a finished run says so, and resuming it leaves its files as they are."""

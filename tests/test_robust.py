@@ -55,7 +55,8 @@ def refused(program: str, arguments: list[str], capsys, code: int = 2) -> str:
 
 NUMBERS = {
     'search': 'steps batch-size accumulate context points seed runoff lr lr-end warmup weight-decay dropout grad-clip arch-lr '
-              'arch-weight-decay warmstart shrink-from shrink-until clip runoff-steps checkpoint-every drops',
+              'arch-weight-decay warmstart shrink-from shrink-until clip runoff-steps checkpoint-every drops temperature start '
+              'refine restarts target',
     'evaluate': 'steps batch-size accumulate context lr lr-end warmup weight-decay dropout grad-clip drops random seeds'}
 
 
@@ -234,8 +235,8 @@ TABLE = {
     'config deep': ('search', write('run/config.json', DEEP), RESUME, ['run/config.json', 'nested too deep']),
     'config huge': ('search', write('run/config.json', HUGE), RESUME, ['run/config.json', 'larger than']),
     'config a folder': ('search', write('run/config.json/x', ''), RESUME, ['run/config.json', 'Is a directory']),
-    'config with NaN': ('search', write('run/config.json', CONFIG.replace('"lr": 0.01', '"lr": NaN')), RESUME, ['finite']),
-    'config with 1e999': ('search', write('run/config.json', CONFIG.replace('"lr": 0.01', '"lr": 1e999')), RESUME, ['finite']),
+    'config with NaN': ('search', write('run/config.json', CONFIG.replace('"lr": 0.03', '"lr": NaN')), RESUME, ['finite']),
+    'config with 1e999': ('search', write('run/config.json', CONFIG.replace('"lr": 0.03', '"lr": 1e999')), RESUME, ['finite']),
     'config lacks an entry': ('search', config(steps='take it out'), RESUME, ['it lacks steps']),
     'config of something else': ('search', config(stepz=1), RESUME, ['unknown stepz']),
     'config with a text for a number': ('search', config(steps='many'), RESUME, ["steps is 'many'"]),
@@ -353,7 +354,7 @@ def test_hostile_archive(members, no_training, tmp_path, monkeypatch, capsys):
 # -- checkpoints that do not belong to their run
 
 TOY = ['--model', 'toy', '--device', 'cpu', '--steps', '30', '--batch-size', '8', '--points', '64',
-       '--no-plot', '--checkpoint-every', '0']
+       '--restarts', '1', '--refine', '0', '--no-plot', '--checkpoint-every', '0']
 
 
 def stopped_search(folder: str, monkeypatch, *options: str, steps: int = 3) -> dict:

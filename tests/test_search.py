@@ -159,8 +159,7 @@ def test_warm_start_uses_the_standard_activation():
     """During it the network is the plain network: the same losses, to the table's precision, and alphas at rest."""
     cell, model, train, val, loss = task('toy', standard='relu')
     torch.manual_seed(0)
-    first = [p.detach().clone() for p in cell.parameters()]
-    rows = []
+    first, rows = [], []
     plain = build('toy', nn.ReLU)
     plain.load_state_dict(model.state_dict())
     plain.first.requires_grad_(False)
@@ -169,7 +168,8 @@ def test_warm_start_uses_the_standard_activation():
     def report(row, snapshot):
         if 'step' in row and row['step'] <= 20:
             rows.append(float(row['train_loss']))
-            assert all(torch.equal(p, q) for p, q in zip(cell.parameters(), first))
+            first.append([p.detach().clone() for p in cell.parameters()])
+            assert all(torch.equal(p, q) for p, q in zip(first[0], first[-1]))
     search(model, Endless(train), Endless(val), loss, config, report)
     expected, optimizer = [], script.weight_optimizer([p for p in plain.parameters() if p.requires_grad], config)
     _, _, train, _, _ = task('toy')
@@ -352,7 +352,7 @@ def test_paper_preset_in_small(tmp_path):
 def test_from_a_shell(tmp_path):
     """Piped, in a process of its own: plain lines, exit code 0, nothing on stderr."""
     command = [sys.executable, ROOT / 'search.py', '--model', 'toy', '--steps', '20', '--no-plot',
-               '--out', tmp_path / 'run']
+               '--restarts', '1', '--refine', '2', '--out', tmp_path / 'run']
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, '') and '\r' not in done.stdout and 'f(x) = ' in done.stdout
     files = {path.name for path in (tmp_path / 'run').iterdir()}
