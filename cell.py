@@ -385,6 +385,21 @@ class Cell(nn.Module):
         """A discrete cell, each operation drawn by its mean weight, as text with its scalars."""
         return self.expression([active[int(torch.multinomial(w.cpu(), 1))] for active, w in zip(self.active, self.means())])
 
+    def neighbours(self) -> list[str]:
+        """The standard activation, written as U3 with B1 = right, after one change: another U3, or another B1 with the rest
+        of the cell drawn by its weights, twice each. Empty where the cell cannot write the standard activation so."""
+        names = [[op.name for op in ops] for ops in self.ops]
+        standard = self.standard.expression.removesuffix('(x)')
+        if standard not in names[4] or 'right' not in names[5]:
+            return []
+        u3, right = names[4].index(standard), names[5].index('right')
+        rest = [0, 0, 0, 0]  # of no effect under B1 = right
+        found = [self.expression([*rest, j, right]) for j in range(len(names[4])) if j != u3]
+        for j in 2 * [j for j in range(len(names[5])) if j != right]:
+            drawn = [active[int(torch.multinomial(w.cpu(), 1))] for active, w in zip(self.active, self.means()[:4])]
+            found.append(self.expression([*drawn, u3, j]))
+        return found
+
     @torch.no_grad()
     def curve(self, points: int = 81, limit: float = 4.0) -> list[float]:
         """The relaxed function at its mean weights, at `points` inputs from -limit to limit: for the log and figures."""

@@ -137,7 +137,7 @@ class Run:
         cold, field, length = max(config.at(config.warmstart) - step, 0), config.runoff, config.at(config.runoff_steps)
         runoff = 0
         while field:
-            runoff, field, length = runoff + field * length, 0 if field <= 2 else math.ceil(field / 3), 2 * length
+            runoff, field, length = runoff + (field + 1) * length, 0 if field <= 2 else math.ceil(field / 3), 2 * length
         return warm * (cold + runoff) + both * (config.steps - max(step, config.at(config.warmstart)))
 
     def progress(self, row: dict[str, Any]) -> None:
@@ -207,7 +207,9 @@ class Run:
         result.update(simplified=short.expression, formula=short.formula, latex=short.latex)
         module = write_module(folder, config, short)
         write_whole(folder / 'activation.json', json_line(result, indent=1))
-        scores = ', '.join(f'{key} {value:.4f}' for key, value in validation.items())
+        scores = ', '.join(f'{key} {value:.4f}' for key, value in validation.items() if key != 'standard_loss')
+        if 'standard_loss' in validation:
+            scores += f" (trained alike, {standard_of(config.model)}: loss {validation['standard_loss']:.4f})"
         clipped = f"   with clip(y) = max(-{found.clip:g}, min({found.clip:g}, y))" if 'clip(' in short.formula else ''
         print('\n' * self.terminal + '\n'.join([
             '', f'    f(x) = {short.formula}{clipped}', '',

@@ -203,7 +203,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
     drops, warmstart, discrete = cell.operations() - 6, config.at(config.warmstart), config.at(config.shrink_until)
     # What is neither in a module nor in an optimiser. skipped: steps that were not finite, in all and in a row just now.
     state: dict[str, Any] = {'step': 0, 'restart': 0, 'runoff': None, 'initial': copy.deepcopy(model.state_dict()),
-                             'proposals': [cell.standard.expression], 'found': [], 'skipped': 0, 'in_a_row': 0}
+                             'neighbours': [], 'proposals': [], 'found': [], 'skipped': 0, 'in_a_row': 0}
     # What a forward pass changes besides: running statistics of batch norm, and the cell's histograms of inputs.
     running = [b for b in [*model.buffers(), cell.seen] if b.is_floating_point()]
     holders = {'model': model, 'cell': cell, 'train_batches': train_batches, 'val_batches': val_batches,
@@ -281,7 +281,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
                 row.setdefault('dropped', []).append(cell.drop())
             # Proposals for the run-off: neighbours of the standard activation, then what the alphas say, now and then.
             if config.runoff and step == warmstart:
-                state['proposals'] += [cell.sample() for _ in range(config.runoff)]
+                state['neighbours'] = cell.neighbours()
             if config.runoff and step >= warmstart and (step + 1 - warmstart) % max(1, (discrete - warmstart) // config.runoff) == 0:
                 state['proposals'] += [cell.expression(), cell.sample(), cell.sample()]
             state['step'] = step + 1
@@ -314,10 +314,11 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         best = min(state['found'], key=lambda entry: entry[0])
         return Activation(best[1], config.clip), best[2]
     if state['runoff'] is None:
-        found, (standard, *proposals) = [entry[1] for entry in state['found']], state['proposals']
-        spread = [proposals[int(k)] for k in torch.randperm(len(proposals))]
-        state['runoff'] = {'field': different([*found, standard, *spread], config.clip)[:config.runoff],
-                           'steps': max(2, config.at(config.runoff_steps))}
+        # The standard activation runs along to be compared with, then what was found, then both kinds by turns.
+        shuffled = [[words[int(k)] for k in torch.randperm(len(words))] for words in (state['neighbours'], state['proposals'])]
+        mixed = [word for pair in itertools.zip_longest(*shuffled) for word in pair if word is not None]
+        field = different([cell.standard.expression, *(entry[1] for entry in state['found']), *mixed], config.clip)
+        state['runoff'] = {'field': field[1:config.runoff + 1] or [state['found'][0][1]], 'steps': max(2, config.at(config.runoff_steps))}
     return runoff(model, state, train_batches, val_batches, loss, config, report, snapshot)
 
 
@@ -403,7 +404,8 @@ def runoff(model: nn.Module, state: dict[str, Any], train_batches: Iterator, val
 
     The search rewards a function that suits weights already trained; this judges what a user will do with it. All
     candidates start from the same initial weights and see the same batches: training batches train, validation batches
-    judge. The best third goes on to a round of twice the steps.
+    judge. The best third goes on to a round of twice the steps. The standard activation runs along in every round,
+    and the result says how it did; it is no candidate, since what is wanted is a new function.
     """
     cell = cell_of(model)
     while True:
@@ -411,7 +413,7 @@ def runoff(model: nn.Module, state: dict[str, Any], train_batches: Iterator, val
         report({'runoff': len(field), 'runoff_steps': steps}, snapshot)
         train, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, 10))
         ranking = []
-        for expression in field:
+        for expression in [cell.standard.expression, *field]:
             activation = Activation(expression, config.clip).to(cell.grid.device)
             with torch.no_grad():
                 cell.use(activation(cell.grid)[None])
@@ -432,9 +434,10 @@ def runoff(model: nn.Module, state: dict[str, Any], train_batches: Iterator, val
             result = score(model, judge, loss) if finite else {'loss': math.nan}
             ranking.append((result['loss'] if math.isfinite(result['loss']) else math.inf, expression, result))
             report({'candidate': expression, 'formula': activation.formula, 'runoff_steps': steps, **result}, None)
+        standard, *ranking = ranking
         ranking.sort(key=lambda entry: entry[0])
         if len(ranking) <= 2:
-            return Activation(ranking[0][1], config.clip), ranking[0][2]
+            return Activation(ranking[0][1], config.clip), ranking[0][2] | {'standard_loss': standard[0]}
         state['runoff'] = {'field': [entry[1] for entry in ranking[:math.ceil(len(ranking) / 3)]], 'steps': 2 * steps}
 
 

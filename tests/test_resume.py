@@ -13,7 +13,7 @@ import search
 
 ROOT = Path(__file__).resolve().parent.parent
 # Everything that has a state: batch norm, momentum, noise in the cell, histograms of inputs, scalars, two rounds of a
-# run-off. 28 reports: 20 steps, then 4 candidates and 2, each round with a report before it.
+# run-off. 20 steps, then the rounds of the run-off, each with a report before it and one for each candidate and the standard.
 OPTIONS = ['--model', 'resnet20', '--steps', '20', '--batch-size', '2', '--device', 'cpu', '--sampler', 'dirichlet',
            '--normalise', 'scale', '--warmstart', '4', '--shrink-from', '6', '--shrink-until', '17', '--runoff', '4',
            '--runoff-steps', '2', '--ops', 'identity,tanh,bias,scale,relu,add,mul,mix', '--points', '64',
