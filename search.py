@@ -98,7 +98,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'laptop': {
         'resnet20': dict(data='cifar10_16', steps=250, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
                          weight_decay=5e-4, runoff_steps=0.14),
-        'vit_tiny': dict(data='cifar10_16', steps=120, batch_size=32, lr=5e-4, lr_end=0.1, warmup=0.1,
+        'vit_tiny': dict(data='cifar10_16', steps=100, batch_size=32, lr=5e-4, lr_end=0.1, warmup=0.1,
                          weight_decay=0.05),
         'minigpt': dict(data='tinystories_sample', steps=150, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
                         weight_decay=0.1, runoff_steps=0.12),
