@@ -52,13 +52,13 @@ class Config(Training):
     shrink: str = option('linear', 'pace of the drops: linear, log (paper: most of them early) or none (all at the end)')
     sampler: str = option('softmax', f'how alphas become weights: {", ".join(SAMPLERS)} (paper: dirichlet)')
     temperature: float = option(0.1, 'of the softmax at shrink_until, falling from 1: the cell is nearly discrete by then')
+    start: float = option(0.5, 'weight of the standard activation when the relaxed cell takes over; 0: none (paper)')
     normalise: str = option('scale', "take gain out of each site's table: none (paper), scale or centre")
     ops: str = option('base', 'operations: base, periodic, swish, no-composites, names; a minus takes one out')
     clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; 'none' for none")
-    points: int = option(8193, 'of the grid on which the cell is tabulated; best an odd number, at most 32,767')
+    points: int = option(8193, 'of the grid on which the cell is tabulated; best an odd number, at most 32,768')
     # after the descent (ours)
     refine: int = option(0, 'weight steps for each neighbour of the discrete cell, one operation changed; 0: none (paper)')
-    start: float = option(0.5, 'weight of the standard activation when the relaxed cell takes over; 0: none (paper)')
     restarts: int = option(1, 'searches from fresh alphas and weights; their functions meet in the run-off')
     target: float = option(0.0, 'no restart once the validation loss is below this')
     runoff: int = option(24, 'candidates trained from scratch and judged on validation; 0: none (paper)')
@@ -73,7 +73,7 @@ class Config(Training):
         valid('--shrink', self.shrink, ('linear', 'log', 'none'))
         valid('--data', self.data, data.DATA if not self.teacher else ('teacher',))
         within(self, 0, 'runoff', 'seed', 'arch_weight_decay', 'warmstart', 'shrink_from', 'shrink_until', 'arch_lr',
-               'shrink_until', 'runoff_steps', 'checkpoint_every', 'refine', 'target')
+               'runoff_steps', 'checkpoint_every', 'refine', 'target')
         within(self, 20, 'steps')
         within(self, 1, 'restarts')
         if not 0 <= self.start < 1:
@@ -93,7 +93,7 @@ class Config(Training):
 # The settings that depend on the model. laptop: chosen on the built-in samples, see results/README.md. paper: its
 # appendix; epochs are counted in steps of the 75 % of the data that trains the weights.
 _PAPER = dict(sampler='dirichlet', normalise='none', warm_alphas=True, shrink='log', shrink_until=0.98,
-              grad_clip=5.0, start=0.0, runoff=0)
+              grad_clip=5.0, start=0.0, temperature=1.0, runoff=0)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'laptop': {
         'resnet20': dict(data='cifar10_16', steps=250, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
@@ -151,8 +151,8 @@ def bound(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
     """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Returns whether they and the
     `others` (the loss, running statistics) are finite: if not, the step must not be taken.
 
-    Asking for that makes a GPU wait, for some 20 microseconds of a half-step; in return nothing that is not finite gets
-    anywhere, and is seen where it happens.
+    Asking for that makes a GPU wait once in a half-step; in return nothing that is not finite gets anywhere, and is seen
+    where it happens.
     """
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     finite = bool(torch.stack(torch._foreach_norm([norm, *others])).isfinite().all())
