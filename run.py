@@ -153,8 +153,9 @@ class Run:
         skipped = f' | {self.skipped} steps skipped, not finite: see log.jsonl' if self.skipped else ''
         pace = self.pace[step <= self.config.at(self.config.warmstart)]
         search = f"search {row['restart'] + 1} of up to {self.config.restarts}, " if self.config.restarts > 1 else ''
-        self.show(f"{search}step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} val "
-                  f"{self.val_loss:.3f} | {numbers['operations']} ops left | {self.cell.activation().formula}{skipped} | "
+        val = '-' if math.isnan(self.val_loss) else f'{self.val_loss:.3f}'
+        self.show(f"{search}step {step}/{steps} {100 * step // steps:3d}% | train {numbers['train_loss']:.3f} val {val} | "
+                  f"{numbers['operations']} ops left | {self.cell.activation().formula}{skipped} | "
                   f"{pace:.2f} s/step | {clock(self.left(step))} left",
                   time.monotonic() - self.printed > 10 or step in (1, steps))
 
@@ -310,6 +311,6 @@ def plan(config: Training, model: nn.Module, cell: Cell, needed: int, resumed: b
     weights, space = sum(p.numel() for p in model.parameters()), math.prod(map(len, cell.ops))
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) if resource else 0
     return (f"{'going on with the search of' if resumed else 'searching'} {space:,} functions for {config.model} ({weights:,} "
-            f"weights, {cell.sites} sites) on {config.data}\n"
+            f"weights, {cell.sites} site{'s' * (cell.sites != 1)}) on {config.data}\n"
             f"plan: {config.steps} steps ({config.at(config.warmstart)} of warm start), a run-off of {config.runoff} on "
             f"{config.device}; peak memory about {(now + needed) / 1e9:.1f} GB; run folder {config.out}")
