@@ -221,7 +221,8 @@ class Cell(nn.Module):
 
         start: weight given to the standard activation, so that the relaxed cell begins not far from it (ours): to U3,
         its operation, and to B1, right(a, b) = b. 0: none, all operations alike (paper). Nothing is done for a standard
-        activation that is no operation of the cell.
+        activation that is no operation of the cell, and with the other samplers: half of a Dirichlet's weight takes an alpha
+        above 20, which Adam does not bring down again.
         """
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not yet dropped, by choice point
         for alpha, scalars, ops in zip(self.alpha, self.scalars, self.ops):
@@ -229,10 +230,10 @@ class Cell(nn.Module):
             scalars.copy_(torch.tensor([op.scalar for op in ops if op.scalar is not None]))
         names = [[op.name for op in ops] for ops in self.ops]
         first = {4: self.standard.expression.removesuffix('(x)'), 5: 'right'}
-        if start and all(name in names[k] for k, name in first.items()):
+        if start and self.sampler == 'softmax' and all(name in names[k] for k, name in first.items()):
             for k, name in first.items():
                 odds = start / (1 - start) * (len(names[k]) - 1)  # to one of the others
-                self.alpha[k][names[k].index(name)] += math.log(odds) if self.sampler == 'softmax' else odds - 1
+                self.alpha[k][names[k].index(name)] += math.log(odds)
 
     # -- from alphas to weights
 

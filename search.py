@@ -52,7 +52,7 @@ class Config(Training):
     shrink: str = option('linear', 'pace of the drops: linear, log (paper: most of them early) or none (all at the end)')
     sampler: str = option('softmax', f'how alphas become weights: {", ".join(SAMPLERS)} (paper: dirichlet)')
     temperature: float = option(0.1, 'of the softmax at shrink_until, falling from 1: the cell is nearly discrete by then')
-    start: float = option(0.5, 'weight of the standard activation when the relaxed cell takes over; 0: none (paper)')
+    start: float = option(0.5, 'weight of the standard activation when the relaxed cell takes over (softmax only); 0: none (paper)')
     normalise: str = option('scale', "take gain out of each site's table: none (paper), scale or centre")
     ops: str = option('base', 'operations: base, periodic, swish, no-composites, names; a minus takes one out')
     clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; 'none' for none")

@@ -425,3 +425,18 @@ def test_cell_expression_by_hand():
 def test_unknown_sampler_names_the_nearest():
     with pytest.raises(ValueError, match='did you mean dirichlet'):
         Cell(sampler='dirichlett')
+
+
+def test_start_at_the_standard_activation():
+    """Softmax weights begin with the given share on the standard activation, and its neighbours are one change away; the
+    other samplers begin uniform, since their alphas could not come back from there."""
+    cell, _ = small('softmax', standard='gelu')
+    cell.reset(0.0, start=0.5)
+    highest = [w.max().item() for w in cell.weights()]
+    assert highest[4:] == pytest.approx([0.5, 0.5]) and highest[0] == pytest.approx(1 / 23)
+    assert cell.expression() == 'gelu(x)'
+    unary = [text for text in cell.neighbours() if 'gelu' not in text]
+    assert len(unary) == 22 and {'relu(x)', 'silu(x)', 'x'} <= set(unary) and len(cell.neighbours()) == 22 + 2 * 8
+    cell, _ = small('mean', standard='gelu')
+    cell.reset(0.0, start=0.5)
+    assert all(w.max().item() == pytest.approx(w.min().item()) for w in cell.weights())
