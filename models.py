@@ -1,4 +1,4 @@
-"""The networks, by hand, and how their weights are trained: what search.py and evaluate.py share.
+"""The networks, by hand, and `swap`, which puts sites into a network from elsewhere.
 
     build('resnet20', nn.ReLU)            a plain network
     build('resnet20', cell.site)          the same network with the relaxed cell in all of its 19 sites
