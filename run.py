@@ -99,9 +99,11 @@ class Run:
 
     def report(self, row: dict[str, Any], snapshot: Optional[Callable[[], dict]]) -> None:
         if 'refine' in row:
+            if not row['refine']:
+                self.save(snapshot)  # before the row is written: who resumes here writes it again
             self.write(row)
-            self.show(f"neighbours, round {row['refine']}: {row['formula']}", True)
-            self.save(snapshot)
+            what = f"best of {row['refine']} cells nearby" if row['refine'] else 'the descent ended with'
+            self.show(f"{what}: {row['formula']}", True)
         elif 'candidate' in row:
             self.write(row)
             self.show(f"run-off, {row['runoff_steps']} steps each: validation {row['loss']:.4f}  {row['formula']}", True)
@@ -137,7 +139,7 @@ class Run:
         cold, field, length = max(config.at(config.warmstart) - step, 0), config.runoff, config.at(config.runoff_steps)
         runoff = 0
         while field:
-            runoff, field, length = runoff + (field + 1) * length, 0 if field <= 2 else math.ceil(field / 3), 2 * length
+            runoff, field, length = runoff + (field + 1) * length, 0 if field <= 2 else math.ceil(field / 4), 2 * length
         return warm * (cold + runoff) + both * (config.steps - max(step, config.at(config.warmstart)))
 
     def progress(self, row: dict[str, Any]) -> None:

@@ -9,13 +9,12 @@ while operations are dropped one by one until one function is left (paper: arXiv
 """
 import contextlib
 import copy
-import dataclasses
 import itertools
 import math
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 import torch.nn as nn
@@ -24,13 +23,14 @@ from torch import Tensor
 
 import data
 import figures
-from activation import Activation, bend, named
+from activation import Activation, named
 from cell import NORMALISERS, SAMPLERS, Cell, Site, blame
 from models import teacher_and_student
 from models_own import network, standard_of
 from ops import valid
 from run import Run, plan, resume, unused
-from training import (ConfigError, Failed, Parser, Training, check_memory, configure, cross_entropy, learning_rate,
+from runoff import refine, runoff, score, worth
+from training import (ConfigError, Failed, Parser, Training, bound, check_memory, configure, cross_entropy, learning_rate,
                       memory_needed, one_line_errors, option, options, weight_optimizer, within)
 
 
@@ -58,11 +58,11 @@ class Config(Training):
     clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; 'none' for none")
     points: int = option(8193, 'of the grid on which the cell is tabulated; best an odd number, at most 32,768')
     # after the descent (ours)
-    refine: int = option(0, 'weight steps for each neighbour of the discrete cell, one operation changed; 0: none (paper)')
+    refine: int = option(0, 'cells tried on the trained weights, proposals of the alphas and their mutations; 0: none (paper)')
     restarts: int = option(1, 'searches from fresh alphas and weights; their functions meet in the run-off')
     target: float = option(0.0, 'no restart once the validation loss is below this')
-    runoff: int = option(24, 'candidates trained from scratch and judged on validation; 0: none (paper)')
-    runoff_steps: float = option(0.12, 'steps of the first round; each further one takes a third of the field for twice as long')
+    runoff: int = option(24, 'cells trained from scratch, proposals and their mutations, judged on validation; 0: none (paper)')
+    runoff_steps: float = option(0.12, 'steps of the first round; each further one takes a quarter of the field for twice as long')
     # the log
     checkpoint_every: float = option(60.0, 'seconds between checkpoints')
 
@@ -96,16 +96,16 @@ _PAPER = dict(sampler='dirichlet', normalise='none', warm_alphas=True, shrink='l
               grad_clip=5.0, start=0.0, temperature=1.0, runoff=0)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'laptop': {
-        'resnet20': dict(data='cifar10_16', steps=250, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
-                         weight_decay=5e-4, runoff_steps=0.14),
-        'vit_tiny': dict(data='cifar10_16', steps=100, batch_size=32, lr=5e-4, lr_end=0.1, warmup=0.1,
-                         weight_decay=0.05),
+        'resnet20': dict(data='cifar10_16', steps=150, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
+                         weight_decay=5e-4, runoff_steps=0.2),
+        'vit_tiny': dict(data='cifar10_16', steps=80, batch_size=16, lr=5e-4, lr_end=0.1, warmup=0.1,
+                         weight_decay=0.05, runoff_steps=0.2),
         'minigpt': dict(data='tinystories_sample', steps=150, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
                         weight_decay=0.1, runoff_steps=0.12),
         # a search takes some 6 s; the first is mostly enough
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
                     weight_decay=0.0, arch_lr=0.1, warmstart=0.05, shrink_until=0.9, normalise='centre', points=1024,
-                    start=0.0, runoff=0, refine=10, restarts=8, target=2e-4),
+                    start=0.0, runoff=0, refine=1000, restarts=4, target=3e-4),
     },
     'paper': {
         # 293 steps an epoch: 37,500 images in batches of 64, two accumulated. 50 epochs, one of them warm
@@ -145,20 +145,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 MAX_SKIPPED = 20  # steps in a row that may be skipped before the search ends
-
-
-def bound(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
-    """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Returns whether they and the
-    `others` (the loss, running statistics) are finite: if not, the step must not be taken.
-
-    Asking for that makes a GPU wait once in a half-step; in return nothing that is not finite gets anywhere, and is seen
-    where it happens.
-    """
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
-    finite = bool(torch.stack(torch._foreach_norm([norm, *others])).isfinite().all())
-    if finite and limit:
-        torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
-    return finite
 
 
 def drops_due(step: int, config: Config, drops: int) -> int:
@@ -203,7 +189,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
     drops, warmstart, discrete = cell.operations() - 6, config.at(config.warmstart), config.at(config.shrink_until)
     # What is neither in a module nor in an optimiser. skipped: steps that were not finite, in all and in a row just now.
     state: dict[str, Any] = {'step': 0, 'restart': 0, 'runoff': None, 'initial': copy.deepcopy(model.state_dict()),
-                             'neighbours': [], 'proposals': [], 'found': [], 'skipped': 0, 'in_a_row': 0}
+                             'proposals': [], 'found': [], 'skipped': 0, 'in_a_row': 0}
     # What a forward pass changes besides: running statistics of batch norm, and the cell's histograms of inputs.
     running = [b for b in [*model.buffers(), cell.seen] if b.is_floating_point()]
     holders = {'model': model, 'cell': cell, 'train_batches': train_batches, 'val_batches': val_batches,
@@ -279,11 +265,10 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
             # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
             while drops + 6 - cell.operations() < drops_due(step + 1, config, drops):
                 row.setdefault('dropped', []).append(cell.drop())
-            # Proposals for the run-off: neighbours of the standard activation, then what the alphas say, now and then.
-            if config.runoff and step == warmstart:
-                state['neighbours'] = cell.neighbours()
-            if config.runoff and step >= warmstart and (step + 1 - warmstart) % max(1, (discrete - warmstart) // config.runoff) == 0:
-                state['proposals'] += [cell.expression(), cell.sample(), cell.sample()]
+            # Some 200 cells to try afterwards: what the alphas say on the way.
+            often = max(1, (discrete - warmstart) // 200)
+            if (config.refine or config.runoff) and warmstart <= step < discrete and step % often == 0:
+                state['proposals'].append(cell.sample())
             state['step'] = step + 1
             trouble = row.get('trouble')
             state['in_a_row'] = state['in_a_row'] + 1 if trouble else 0
@@ -295,31 +280,31 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
 
         assert cell.operations() == 6, 'the shrinking schedule did not end with one operation a choice point'
         if config.refine:
-            refine(model, train_batches, val_batches, loss, config, bilevel, report, snapshot)
+            refine(model, cell, state['proposals'], train_batches, val_batches, loss, config, bilevel, report, snapshot)
         with torch.no_grad():
             cell.draw()
         result = score(model, itertools.islice(val_batches, 20), loss)
-        state['found'].append([result['loss'] if math.isfinite(result['loss']) else math.inf, cell.expression(), result])
+        state['found'].append([worth(result), cell.expression(), result])
         state['restart'] += 1
         if state['restart'] == config.restarts or result['loss'] < config.target:
             break
         # Once more, from other alphas: far enough from uniform not to end in the same place.
-        state['step'] = 0
+        state['step'], state['proposals'] = 0, []
         model.load_state_dict(state['initial'])
         cell.reset(0.3, config.start)
         holders.update(optimizers(weights, architecture, config))
         report({'restarting': state['restart']}, snapshot)
 
     if not config.runoff:
-        best = min(state['found'], key=lambda entry: entry[0])
-        return Activation(best[1], config.clip), best[2]
+        _, expression, result = min(state['found'], key=lambda entry: entry[0])
+        return Activation(expression, config.clip), result
     if state['runoff'] is None:
-        # The standard activation runs along to be compared with, then what was found, then both kinds by turns.
-        shuffled = [[words[int(k)] for k in torch.randperm(len(words))] for words in (state['neighbours'], state['proposals'])]
-        mixed = [word for pair in itertools.zip_longest(*shuffled) for word in pair if word is not None]
-        field = different([cell.standard.expression, *(entry[1] for entry in state['found']), *mixed], config.clip)
-        state['runoff'] = {'field': field[1:config.runoff + 1] or [state['found'][0][1]], 'steps': max(2, config.at(config.runoff_steps))}
-    return runoff(model, state, train_batches, val_batches, loss, config, report, snapshot)
+        # Where the descent ended; then neighbours of the standard activation and the alphas' own proposals by turns.
+        shuffled = [[cells[int(k)] for k in torch.randperm(len(cells))] for cells in (cell.neighbours(), state['proposals'])]
+        state['proposals'] = [[active[0] for active in cell.active],
+                              *(chosen for pair in itertools.zip_longest(*shuffled) for chosen in pair if chosen)]
+        state['runoff'] = {'field': [], 'steps': max(2, config.at(config.runoff_steps))}
+    return runoff(model, cell, state, train_batches, val_batches, loss, config, report, snapshot)
 
 
 def optimizers(weights: list[Tensor], architecture: list[Tensor], config: Config) -> dict[str, torch.optim.Optimizer]:
@@ -340,120 +325,6 @@ def restore(resumed: dict[str, Any], holders: dict[str, Any]) -> dict[str, Any]:
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ConfigError(f'the checkpoint does not fit the run ({type(error).__name__}); start the search again with '
                           f'another --out') from None
-
-
-def refine(model: nn.Module, train_batches: Iterator, val_batches: Iterator, loss: Callable, config: Config,
-           bilevel: Callable, report: Callable[..., None], snapshot: Callable) -> None:
-    """Move from the discrete cell to its best neighbour, until no neighbour is better (ours).
-
-    The last drops jump: what the alphas preferred in a mixture need not be best alone. So each neighbour, one of the six
-    operations changed, is judged on the same validation batches after the same few weight steps from the same weights.
-    """
-    cell, rate = cell_of(model), 0.3 * config.lr
-    for sweep in range(1, 11):
-        report({'refine': sweep, 'formula': cell.activation().formula}, snapshot)
-        for _ in range(4 * config.refine):
-            bilevel(rate, warm=False)  # weights and scalars settle
-        train, judge = list(itertools.islice(train_batches, config.refine)), list(itertools.islice(val_batches, 4))
-        kept, here = copy.deepcopy(model.state_dict()), [active[0] for active in cell.active]
-        neighbours = [here] + [[*here[:k], j, *here[k + 1:]] for k in range(6) for j in range(len(cell.ops[k])) if j != here[k]]
-        losses: dict[tuple[float, ...], float] = {}  # by values of the function: many neighbours are one and the same
-        best, first = math.inf, math.inf
-        for chosen in neighbours:
-            cell.active = [[j] for j in chosen]
-            with torch.no_grad():
-                cell.draw()
-            key = tuple(torch.cat(cell.tables)[::64].tolist())
-            if key in losses:
-                continue
-            optimizer = weight_optimizer([p for p in model.parameters() if p.requires_grad],
-                                         dataclasses.replace(config, lr=rate))
-            for x, y in train:
-                loss(model(x), y).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            losses[key] = score(model, judge, loss)['loss']
-            model.load_state_dict(kept)
-            if chosen is here:
-                first = losses[key]
-            if losses[key] < best:
-                best, winner = losses[key], chosen
-        better = best < 0.97 * first
-        cell.active = [[j] for j in (winner if better else here)]
-        if not better:
-            return
-
-
-@torch.no_grad()
-def different(expressions: list[str], clip: Optional[float]) -> list[str]:
-    """Those that are functions of their own: neither the same as one before, up to 1 %, nor a straight line, nor a
-    constant, nor without a value somewhere on [-5, 5]."""
-    x, kept = torch.linspace(-5, 5, 101), []
-    for expression in dict.fromkeys(expressions):
-        f = Activation(expression, clip)
-        y = f(x).expand(x.shape)
-        same = any((y - other).norm() <= 0.01 * other.norm() for _, other in kept)
-        if y.isfinite().all() and bend(f) > 0.01 and not same:
-            kept.append((expression, y))
-    return [expression for expression, _ in kept]
-
-
-def runoff(model: nn.Module, state: dict[str, Any], train_batches: Iterator, val_batches: Iterator, loss: Callable,
-           config: Config, report: Callable[..., None], snapshot: Callable) -> tuple[Activation, dict[str, float]]:
-    """Which of the proposed functions is best when trained from scratch? Successive halving (ours).
-
-    The search rewards a function that suits weights already trained; this judges what a user will do with it. All
-    candidates start from the same initial weights and see the same batches: training batches train, validation batches
-    judge. The best third goes on to a round of twice the steps. The standard activation runs along in every round,
-    and the result says how it did; it is no candidate, since what is wanted is a new function.
-    """
-    cell = cell_of(model)
-    while True:
-        field, steps = state['runoff']['field'], state['runoff']['steps']
-        report({'runoff': len(field), 'runoff_steps': steps}, snapshot)
-        train, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, 10))
-        ranking = []
-        for expression in [cell.standard.expression, *field]:
-            activation = Activation(expression, config.clip).to(cell.grid.device)
-            with torch.no_grad():
-                cell.use(activation(cell.grid)[None])
-            model.load_state_dict(state['initial'])
-            optimizer = weight_optimizer([p for p in model.parameters() if p.requires_grad], config)
-            schedule = dataclasses.replace(config, steps=steps)
-            for step, (x, y) in enumerate(train):
-                for group in optimizer.param_groups:
-                    group['lr'] = learning_rate(step, schedule)
-                train_loss = loss(model(x), y)
-                train_loss.backward()
-                finite = bound([p.grad for p in model.parameters() if p.grad is not None], config.grad_clip, train_loss)
-                if not finite:
-                    break  # a function that cannot be trained is none to recommend, however it stands now
-                optimizer.step()
-                optimizer.zero_grad()
-            model.zero_grad()
-            result = score(model, judge, loss) if finite else {'loss': math.nan}
-            ranking.append((result['loss'] if math.isfinite(result['loss']) else math.inf, expression, result))
-            report({'candidate': expression, 'formula': activation.formula, 'runoff_steps': steps, **result}, None)
-        standard, *ranking = ranking
-        ranking.sort(key=lambda entry: entry[0])
-        if len(ranking) <= 2:
-            return Activation(ranking[0][1], config.clip), ranking[0][2] | {'standard_loss': standard[0]}
-        state['runoff'] = {'field': [entry[1] for entry in ranking[:math.ceil(len(ranking) / 3)]], 'steps': 2 * steps}
-
-
-@torch.no_grad()
-def score(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, float]:
-    """Mean loss (and accuracy, for classes) of the network as it stands over these batches."""
-    model.eval()
-    losses, hits = [], []
-    for x, y in batches:
-        output = model(x)
-        losses.append(loss(output, y))
-        if not y.is_floating_point():
-            hits.append((output.argmax(-1) == y).float().mean())
-    model.train()
-    result = {'loss': torch.stack(losses).mean().item()}
-    return result | ({'accuracy': torch.stack(hits).mean().item()} if hits else {})
 
 
 def said(skipped: dict[str, Any]) -> str:

@@ -157,6 +157,20 @@ def learning_rate(step: int, config: Training) -> float:
     return config.lr * tenths * min(1.0, (step + 1) / max(warmup, 1)) * (config.lr_end + (1 - config.lr_end) * cosine)
 
 
+def bound(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
+    """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Returns whether they and the
+    `others` (the loss, running statistics) are finite: if not, the step must not be taken.
+
+    Asking for that makes a GPU wait once in a half-step; in return nothing that is not finite gets anywhere, and is seen
+    where it happens.
+    """
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    finite = bool(torch.stack(torch._foreach_norm([norm, *others])).isfinite().all())
+    if finite and limit:
+        torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
+    return finite
+
+
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Of (batch, classes) or (batch, time, vocabulary) logits."""
     return F.cross_entropy(output.flatten(0, -2), target.flatten())

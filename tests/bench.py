@@ -32,11 +32,12 @@ from torch import Tensor
 
 import data
 from activation import named
-from cell import Cell, Tabulated, dense, in_memory_order
+from cell import Cell
 from models import STANDARD
 from models_own import network
-from training import configure, cross_entropy, weight_optimizer
-from search import PRESETS, Config, bound, frozen, new_cell, search
+from search import PRESETS, Config, frozen, new_cell, search
+from table import Tabulated, dense, in_memory_order
+from training import bound, configure, cross_entropy, weight_optimizer
 
 # batch: the stated one; few: that of the cell op by op, which would need minutes and tens of GB at the stated one
 SIZES = {'resnet20': dict(batch=64, few=4), 'vit_tiny': dict(batch=32, few=4), 'minigpt': dict(batch=16, few=2)}

@@ -22,7 +22,8 @@ import torch
 
 from activation import Activation, distance, named
 from cell import random_expression
-from search import PRESETS, Config, cell_of, prepare, score, search
+from runoff import score
+from search import PRESETS, Config, cell_of, prepare, search
 from training import configure, weight_optimizer
 
 # name: (expression, operations)
@@ -110,15 +111,13 @@ if __name__ == '__main__':
     if not given.report:
         torch.set_num_threads(given.threads)
         done = {(r['planted'], r['seed'], r['method']) for r in rows}
-        for seed, name in itertools.product(range(*map(int, given.seeds.split(':'))), PLANTED):
+        for method, seed, name in itertools.product(('search', 'random'), range(*map(int, given.seeds.split(':'))), PLANTED):
+            if (name, seed, method) in done:
+                continue
             seconds = next((r['seconds'] for r in rows if (r['planted'], r['seed'], r['method']) == (name, seed, 'search')), 0)
-            for method in 'search', 'random':
-                if (name, seed, method) in done:
-                    continue
-                row = searched(name, seed) if method == 'search' else at_random(name, seed, seconds)
-                seconds = row['seconds']
-                rows.append({'planted': name, 'seed': seed, **row, 'threads': given.threads, 'torch': torch.__version__})
-                with open(path, 'a') as file:
-                    file.write(json.dumps(rows[-1]) + '\n')
-                print(f"{name:20s} seed {seed} {method}: {100 * row['distance']:6.2f} % (strict {100 * row['strict']:6.2f} %)  {row['seconds']:.0f} s  {row['found']}", flush=True)
+            row = searched(name, seed) if method == 'search' else at_random(name, seed, seconds)
+            rows.append({'planted': name, 'seed': seed, **row, 'threads': given.threads, 'torch': torch.__version__})
+            with open(path, 'a') as file:
+                file.write(json.dumps(rows[-1]) + '\n')
+            print(f"{name:20s} seed {seed} {method}: {100 * row['distance']:6.2f} % (strict {100 * row['strict']:6.2f} %)  {row['seconds']:.0f} s  {row['found']}", flush=True)
     print(report(rows))

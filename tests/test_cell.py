@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn as nn
 
-from cell import (CHOICES, LIMIT, POINTS, SAMPLERS, Cell, Lookup, Site, Tabulated, cell_expression, lines,
-                  random_expression, uniform_grid)
 from activation import Activation, named
+from cell import CHOICES, SAMPLERS, Cell, Site, cell_expression, random_expression
 from models import build
 from ops import ALL, select
+from table import LIMIT, POINTS, Lookup, Tabulated, lines, uniform_grid
 
 
 def small(sampler: str = 'mean', ops: str = 'base', sites: int = 1, **options) -> tuple[Cell, nn.ModuleList]:
@@ -144,7 +144,7 @@ def test_chunks_change_nothing(monkeypatch):
     g = torch.randn(7, 11, 3)
     results = []
     for chunk in (1 << 20, 50):
-        monkeypatch.setattr('cell.CHUNK', chunk)
+        monkeypatch.setattr('table.CHUNK', chunk)
         y = Lookup.apply(x, values, lines(values, grid), LIMIT)
         results.append((y, *torch.autograd.grad(y, (x, values), g)))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
@@ -435,8 +435,26 @@ def test_start_at_the_standard_activation():
     highest = [w.max().item() for w in cell.weights()]
     assert highest[4:] == pytest.approx([0.5, 0.5]) and highest[0] == pytest.approx(1 / 23)
     assert cell.expression() == 'gelu(x)'
-    neighbours = cell.neighbours()
+    neighbours = [cell.expression(chosen) for chosen in cell.neighbours()]
     assert len(neighbours) == 22 + 2 * 8 and {'relu(x)', 'silu(x)', 'x'} <= set(neighbours[:22]) and 'gelu(x)' not in neighbours[:22]
     cell, _ = small('mean', standard='gelu')
     cell.reset(0.0, start=0.5)
     assert all(w.max().item() == pytest.approx(w.min().item()) for w in cell.weights())
+
+
+def test_mutations_stay_close():
+    """One operation changed, or two, or one that was outermost moved inside first; over many all operations come up; a
+    cell without left or identity has mutations too."""
+    torch.manual_seed(0)
+    cell = Cell()
+    unary, binary = ([op.name for op in cell.ops[k]] for k in (0, 2))
+    start = [3, 4, binary.index('mul'), 5, unary.index('abs'), binary.index('right')]
+    moved = [unary.index('abs'), 4, binary.index('left'), unary.index('identity'), unary.index('abs'), binary.index('left')]
+    assert cell.expression(start) == cell.expression(moved) == 'abs(x)'
+    children = [cell.mutated(start) for _ in range(2000)]
+    gaps = [min(sum(a != b for a, b in zip(child, parent)) for parent in (start, moved)) for child in children]
+    assert max(gaps) == 2 and gaps.count(1) > gaps.count(2) > 200
+    assert all({child[k] for child in children} == set(range(len(cell.ops[k]))) for k in range(6))
+    assert any(cell.expression(child) == 'tanh(abs(x))' for child in children)
+    small = Cell('relu,tanh,add,mul')
+    assert all(len(small.mutated([0, 1, 0, 1, 0, 1])) == 6 for _ in range(50))
