@@ -288,15 +288,16 @@ class Cell(nn.Module):
         return cell
 
     def neighbours(self) -> list[list[int]]:
-        """The standard activation, written as U3 with B1 = right, after one change: another U3, or another B1 with the rest
-        of the cell drawn by its weights, twice each. Empty where the cell cannot write the standard activation so."""
+        """Simple functions around the standard activation g, which stands at U3, with B1 = right: another U3, or B1(u(x), g(x))
+        with another B1, three times each, and u drawn by the weights of U2. Empty where the cell cannot write them so."""
         unary, binary = ([op.name for op in self.ops[k]] for k in (4, 5))
         standard = self.standard.expression.removesuffix('(x)')
-        if standard not in unary or 'right' not in binary:
+        if not {standard, 'identity'} <= set(unary) or not {'left', 'right'} <= set(binary):
             return []
-        u3, right = unary.index(standard), binary.index('right')
-        return ([[0, 0, 0, 0, j, right] for j in range(len(unary)) if j != u3]  # the first four have no effect then
-                + [[*self.sample()[:4], u3, j] for j in 2 * [*range(right), *range(right + 1, len(binary))]])
+        same, left, right, u3 = unary.index('identity'), binary.index('left'), binary.index('right'), unary.index(standard)
+        changed = [(j, right) for j in range(len(unary)) if j != u3] + 3 * [(u3, j) for j in range(len(binary)) if j != right]
+        drawn = [self.sample() for _ in changed]
+        return [[same, u1, left, u2, *pair] for (_, u1, _, u2, _, _), pair in zip(drawn, changed)]
 
     @torch.no_grad()
     def curve(self, points: int = 81, limit: float = 4.0) -> list[float]:

@@ -18,7 +18,6 @@ from activation import Activation, bend
 from cell import Cell
 from training import Training, learning_rate, weight_optimizer
 
-PARENTS = 10  # the best so far, of which mutations are tried: enough that not all descend from one
 Ranking = list[tuple[float, list[int]]]  # loss, cell (an operation a choice point); the best first
 
 
@@ -37,16 +36,16 @@ def score(model: nn.Module, batches: Iterable, loss: Callable) -> dict[str, floa
     return result | ({'accuracy': torch.stack(hits).mean().item()} if hits else {})
 
 
-def train(model: nn.Module, batches: list, loss: Callable, config: Training, rate: Optional[float] = None) -> None:
-    """Train on these batches with a fresh optimiser; the learning rate is `rate`, or else a whole schedule for so many steps.
+def train(model: nn.Module, batches: list, loss: Callable, config: Training, rate: Callable[[int], float]) -> None:
+    """Train on these batches with a fresh optimiser; rate: step -> learning rate.
 
     Nothing is checked on the way: what is not finite once stays so, and shows in the score.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = weight_optimizer(weights, config), dataclasses.replace(config, steps=len(batches))
+    optimizer = weight_optimizer(weights, config)
     for step, (x, y) in enumerate(batches):
         for group in optimizer.param_groups:
-            group['lr'] = learning_rate(step, schedule) if rate is None else rate
+            group['lr'] = rate(step)
         loss(model(x), y).backward()
         if config.grad_clip:
             nn.utils.clip_grad_norm_(weights, config.grad_clip)
@@ -71,7 +70,8 @@ def evolve(cell: Cell, proposals: list[list[int]], count: int, table: Callable[[
         if queue and len(tried) < count / 2:
             chosen = queue.pop(0)
         else:
-            parents = [chosen for _, chosen in ranking[:PARENTS]] or proposals
+            # the best hundredth, but three at least: enough that not all descend from one
+            parents = [chosen for _, chosen in ranking[:max(3, count // 100)]] or proposals
             chosen = cell.mutated(parents[int(torch.randint(len(parents), ()))])
         values = table(chosen)
         if values is None or ((tried - values[near]).norm(dim=1) <= apart * values[near].norm()).any():
@@ -103,7 +103,7 @@ def refine(model: nn.Module, cell: Cell, proposals: list[list[int]], train_batch
 
     def trial(chosen: list[int], values: Tensor) -> float:
         model.load_state_dict(kept)
-        train(model, batches, loss, config, rate)
+        train(model, batches, loss, config, lambda step: rate)
         return worth(score(model, judge, loss))
 
     ranking = evolve(cell, [here, *proposals], config.refine, table, trial, 1e-3)
@@ -127,7 +127,7 @@ def worth(result: dict[str, float]) -> float:
 def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: Iterator, val_batches: Iterator, loss: Callable,
            config: Training, report: Callable[..., None], snapshot: Callable) -> tuple[Activation, dict[str, float]]:
     """Which function is best when trained from scratch? `config.runoff` cells are tried; the best quarter goes on to a round
-    of twice as many steps, and so on until two or less were left. The best one, and how it scored.
+    of twice as many steps, and so on while that leaves two or more. The best one, and how it scored.
 
     All start from the same initial weights and see the same batches: training batches train, validation batches judge. The
     standard activation runs along in every round, and the result says how it did; it is no candidate, since what is
@@ -145,7 +145,7 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
     def trained(expression: str, values: Tensor) -> dict[str, float]:
         cell.use(values[None])
         model.load_state_dict(state['initial'])
-        train(model, batches, loss, config)
+        train(model, batches, loss, config, lambda step: learning_rate(step, schedule))
         result = score(model, judge, loss)
         report({'candidate': expression, 'formula': Activation(expression, config.clip).formula, 'runoff_steps': steps,
                 **result}, None)
@@ -154,6 +154,9 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
 
     standard = cell.standard.expression
     standard_values = values_of(cell.standard)
+    # In all rounds the learning rate is that of a training four times as long as the first: one that has to fall to its end
+    # within a few steps ranks worse.
+    schedule = dataclasses.replace(config, steps=4 * max(2, config.at(config.runoff_steps)))
     while True:
         steps, field, results = state['runoff']['steps'], state['runoff']['field'], {}
         report({'runoff': len(field) or config.runoff, 'runoff_steps': steps}, snapshot)
@@ -167,7 +170,7 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
             ranking = [(value, cell.expression(chosen)) for value, chosen in cells]
         if not ranking:  # nothing but straight lines, as with --ops identity,add: what the descent ended with, then
             return Activation(state['found'][0][1], config.clip), state['found'][0][2]
-        if len(ranking) <= 2:
-            best = ranking[0][1]
-            return Activation(best, config.clip), results[best] | {'standard_loss': worth(results[standard])}
-        state['runoff'] = {'field': [word for _, word in ranking[:math.ceil(len(ranking) / 4)]], 'steps': 2 * steps}
+        best = [expression for _, expression in ranking[:math.ceil(len(ranking) / 4)]]
+        if len(best) == 1:
+            return Activation(best[0], config.clip), results[best[0]] | {'standard_loss': worth(results[standard])}
+        state['runoff'] = {'field': best, 'steps': 2 * steps}

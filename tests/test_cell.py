@@ -436,7 +436,7 @@ def test_start_at_the_standard_activation():
     assert highest[4:] == pytest.approx([0.5, 0.5]) and highest[0] == pytest.approx(1 / 23)
     assert cell.expression() == 'gelu(x)'
     neighbours = [cell.expression(chosen) for chosen in cell.neighbours()]
-    assert len(neighbours) == 22 + 2 * 8 and {'relu(x)', 'silu(x)', 'x'} <= set(neighbours[:22]) and 'gelu(x)' not in neighbours[:22]
+    assert len(neighbours) == 22 + 3 * 8 and {'relu(x)', 'silu(x)', 'x'} <= set(neighbours[:22]) and 'gelu(x)' not in neighbours[:22]
     cell, _ = small('mean', standard='gelu')
     cell.reset(0.0, start=0.5)
     assert all(w.max().item() == pytest.approx(w.min().item()) for w in cell.weights())
