@@ -154,11 +154,11 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
 
     standard = cell.standard.expression
     standard_values = values_of(cell.standard)
-    # In all rounds the learning rate is that of a training four times as long as the first: one that has to fall to its end
-    # within a few steps ranks worse.
-    schedule = dataclasses.replace(config, steps=4 * max(2, config.at(config.runoff_steps)))
     while True:
         steps, field, results = state['runoff']['steps'], state['runoff']['field'], {}
+        # The learning rate is that of a training four times as long as the first round: one that has to fall to its end
+        # within a few steps ranks worse.
+        schedule = dataclasses.replace(config, steps=max(steps, 4 * config.at(config.runoff_steps)))
         report({'runoff': len(field) or config.runoff, 'runoff_steps': steps}, snapshot)
         batches, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, 10))
         trained(standard, standard_values)

@@ -20,6 +20,7 @@ import training
 from activation import NAMED, Activation, named
 from cell import random_expression
 from evaluate import Candidate, resolve, seeds_of
+from ledger import read_ledger, report
 
 ROOT = Path(evaluate.__file__).resolve().parent
 TIMES = ('seconds', 'ms_step')
@@ -160,7 +161,7 @@ def test_pairing(tmp_path):
         mine = {row['name']: [row[key] for key in ('test_loss', 'test_accuracy', 'curve')] for row in rows
                 if row['seed'] == seed}
         assert mine['relu'] == mine['relu(identity(x))'] == mine['left(relu(x),tanh(x))'] != mine['silu']
-    printed = evaluate.report(rows, 'relu', 'loss')
+    printed = report(rows, 'relu', 'loss')
     line = next(line for line in printed.splitlines() if 'relu(identity(x))' in line)
     assert '| +0.0000 ' in line and '| +0.0000 to +0.0000 ' in line and '| 0/2 ' in line and '| the same ' in line
 
@@ -260,7 +261,7 @@ def test_diverged_runs_are_counted(tmp_path, capsys):
     assert capsys.readouterr().out.count('diverged  ') >= 4
     finite = [{**row, 'diverged': False, 'test_loss': 1.0 + row['seed'], 'test_accuracy': 0.5, 'train_loss': 1.0}
               for row in rows if row['name'] == 'relu']
-    printed = evaluate.report(finite + clipped, 'relu', 'loss')
+    printed = report(finite + clipped, 'relu', 'loss')
     line = next(line for line in printed.splitlines() if line.startswith('| square'))
     line = [cell.strip() for cell in line.split('|')]
     assert line[2:9] == ['2', '-', '-', '-', '0/0', 'worse: 2 diverged', '-'] and line[-2] == '2'
@@ -354,7 +355,7 @@ def test_torn_lines(tmp_path, capsys):
     with pytest.raises(ValueError):  # the torn line is still there, so the ledger is not all JSON
         run(ledger, 'silu')
     capsys.readouterr()
-    rows = evaluate.read_ledger(ledger)
+    rows = read_ledger(ledger)
     assert without_times(rows) == without_times(before) and len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -21,6 +21,7 @@ import evaluate
 import search
 import training
 from cell import Cell, blame
+from ledger import append, read_ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {'search': search.main, 'evaluate': evaluate.main}
@@ -627,8 +628,8 @@ def test_ledger_cut_by_a_kill(tmp_path, monkeypatch, capsys):
     """A ledger whose last line a kill cut keeps its good lines; the next run does not write on behind the cut one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'l.jsonl').write_text(json.dumps(ROW) + '\n' + json.dumps(ROW)[:100])
-    evaluate.append(Path('l.jsonl'), {**ROW, 'seed': 1})
-    assert [row['seed'] for row in evaluate.read_ledger(Path('l.jsonl'))] == [0, 1]
+    append(Path('l.jsonl'), {**ROW, 'seed': 1})
+    assert [row['seed'] for row in read_ledger(Path('l.jsonl'))] == [0, 1]
     assert 'line 2 is cut' in capsys.readouterr().err
 
 
