@@ -637,8 +637,8 @@ def test_a_runoff_in_which_nothing_trains(tmp_path, monkeypatch, capsys):
     """Candidates whose training is not finite rank last; when that is all of them the result says so, in strict JSON."""
     original = search.runoff
 
-    def poisoned(model, state, train_batches, *rest):
-        return original(model, state, Poisoned(train_batches, set(range(1, 999))), *rest)
+    def poisoned(model, cell, state, train_batches, *rest):
+        return original(model, cell, state, Poisoned(train_batches, set(range(1, 999))), *rest)
 
     monkeypatch.setattr(search, 'runoff', poisoned)
     search.main([*TOY, '--teacher', '', '--data', 'cifar10_16', '--runoff', '3', '--runoff-steps', '2', '--out', str(tmp_path / 'a')])
