@@ -156,9 +156,7 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
     standard_values = values_of(cell.standard)
     while True:
         steps, field, results = state['runoff']['steps'], state['runoff']['field'], {}
-        # The learning rate is that of a training four times as long as the first round: one that has to fall to its end
-        # within a few steps ranks worse.
-        schedule = dataclasses.replace(config, steps=max(steps, 4 * config.at(config.runoff_steps)))
+        schedule = dataclasses.replace(config, steps=max(steps, config.runoff_stretch * config.at(config.runoff_steps)))
         report({'runoff': len(field) or config.runoff, 'runoff_steps': steps}, snapshot)
         batches, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, 10))
         trained(standard, standard_values)

@@ -428,18 +428,25 @@ def test_unknown_sampler_names_the_nearest():
 
 
 def test_start_at_the_standard_activation():
-    """Softmax weights begin with the given share on the standard activation, and its neighbours are one change away; the
-    other samplers begin uniform, since their alphas could not come back from there."""
+    """Softmax weights begin with the given share on the standard activation; the other samplers begin
+    uniform, since their alphas could not come back from there."""
     cell, _ = small('softmax', standard='gelu')
     cell.reset(0.0, start=0.5)
     highest = [w.max().item() for w in cell.weights()]
     assert highest[4:] == pytest.approx([0.5, 0.5]) and highest[0] == pytest.approx(1 / 23)
     assert cell.expression() == 'gelu(x)'
-    neighbours = [cell.expression(chosen) for chosen in cell.neighbours()]
-    assert len(neighbours) == 22 + 3 * 8 and {'relu(x)', 'silu(x)', 'x'} <= set(neighbours[:22]) and 'gelu(x)' not in neighbours[:22]
     cell, _ = small('mean', standard='gelu')
     cell.reset(0.0, start=0.5)
     assert all(w.max().item() == pytest.approx(w.min().item()) for w in cell.weights())
+
+
+def test_plain_cells():
+    """Each unary operation alone, once, by U3."""
+    cell = Cell()
+    plain = cell.plain()
+    assert [chosen[4] for chosen in plain] == list(range(23)) and len({tuple(chosen[:4]) for chosen in plain}) > 20
+    assert {'x', 'tanh(x)', 'abs(x)', 'scale(x, 1)'} <= {cell.expression(chosen) for chosen in plain}
+    assert Cell('relu,tanh,add').plain() == []
 
 
 def test_mutations_stay_close():
