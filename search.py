@@ -99,7 +99,7 @@ _PAPER = dict(sampler='dirichlet', normalise='none', warm_alphas=True, shrink='l
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'laptop': {
         'resnet20': dict(data='cifar10_16', steps=150, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
-                         weight_decay=5e-4, runoff=48, runoff_steps=0.134),
+                         weight_decay=5e-4, runoff=32, runoff_steps=0.24),
         'vit_tiny': dict(data='cifar10_16', steps=60, batch_size=16, lr=5e-4, lr_end=0.1, warmup=0.1,
                          weight_decay=0.05, runoff=16, runoff_steps=0.4, runoff_stretch=4),
         'minigpt': dict(data='tinystories_sample', steps=80, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
@@ -303,10 +303,9 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         _, expression, result = min(state['found'], key=lambda entry: entry[0])
         return Activation(expression, config.clip), result
     if state['runoff'] is None:
-        # Where the descent ended; then, by turns, two plain operations and one cell that the alphas proposed.
+        # Where the descent ended, then the plain operations, then what else the alphas proposed.
         plain, proposed = ([cells[int(k)] for k in torch.randperm(len(cells))] for cells in (state['plain'], state['proposals']))
-        turns = itertools.zip_longest(plain[::2], plain[1::2], proposed)
-        state['proposals'] = [[active[0] for active in cell.active], *(chosen for turn in turns for chosen in turn if chosen)]
+        state['proposals'] = [[active[0] for active in cell.active], *plain, *proposed]
         state['runoff'] = {'field': [], 'steps': max(2, config.at(config.runoff_steps))}
     return runoff(model, cell, state, train_batches, val_batches, loss, config, report, snapshot)
 
