@@ -84,7 +84,7 @@ def evolve(cell: Cell, proposals: list[list[int]], count: int, table: Callable[[
 
 def refine(model: nn.Module, cell: Cell, proposals: list[list[int]], train_batches: Iterator, val_batches: Iterator,
            loss: Callable, config: Training, bilevel: Callable, report: Callable[..., None], snapshot: Callable) -> None:
-    """Put the best of `config.refine` cells in the place of the one that the descent ended with.
+    """Put the best of `config.refine` cells in the place of the one that the descent ended with, unless that fits already.
 
     Each is judged on the same validation batches after the same ten weight steps from the weights of the descent. For planted
     functions, which do not care where weights come from; a trial takes some milliseconds.
@@ -93,6 +93,8 @@ def refine(model: nn.Module, cell: Cell, proposals: list[list[int]], train_batch
     report({'refine': 0, 'formula': cell.activation().formula}, snapshot)
     settle(bilevel, rate)
     batches, judge = list(itertools.islice(train_batches, 10)), list(itertools.islice(val_batches, 4))
+    if score(model, judge, loss)['loss'] < config.target:
+        return  # among a thousand cells some are as good by luck, and less simple
     kept = copy.deepcopy(model.state_dict())
 
     @torch.no_grad()
