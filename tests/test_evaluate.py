@@ -313,6 +313,19 @@ def test_baselines_and_random_cells(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # The ledger.
 
+def test_one_function_under_two_names_is_trained_once(tmp_path, monkeypatch):
+    """Two searches that found the same function: the second row is the first under its own name and origin."""
+    for name in 'a', 'b':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'activation.json').write_text(json.dumps({'expression': 'tanh(abs(x))', 'clip': 10.0, 'model': name, 'data': 'd'}))
+    trained, original = [], evaluate.retrain
+    monkeypatch.setattr(evaluate, 'retrain', lambda candidate, *rest: trained.append(candidate.name) or original(candidate, *rest))
+    rows = run(tmp_path / 'ledger', tmp_path / 'a', tmp_path / 'b', '--seeds', 2)
+    assert trained == 2 * ['relu', 'a'] and len(rows) == 6
+    for first, second in (rows[1:3], rows[4:6]):
+        assert first | {'name': 'b', 'searched': 'b/d'} == second and first['name'] == 'a'
+
+
 def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     """The second time nothing is trained; more seeds or another setting train what is new."""
     ledger = tmp_path / 'ledger'
