@@ -295,6 +295,18 @@ class Cell(nn.Module):
             return []
         return [[*self.sample()[:4], j, binary.index('right')] for j in range(len(self.ops[4]))]
 
+    def near(self) -> list[list[int]]:
+        """Simple functions around the standard activation g, which stands at U3, with B1 = right: another U3, or B1(u(x), g(x))
+        with another B1, three times each, and u drawn by the weights of U2. Empty where the cell cannot write them so."""
+        unary, binary = ([op.name for op in self.ops[k]] for k in (4, 5))
+        standard = self.standard.expression.removesuffix('(x)')
+        if not {standard, 'identity'} <= set(unary) or not {'left', 'right'} <= set(binary):
+            return []
+        same, left, right, u3 = unary.index('identity'), binary.index('left'), binary.index('right'), unary.index(standard)
+        changed = [(j, right) for j in range(len(unary)) if j != u3] + 3 * [(u3, j) for j in range(len(binary)) if j != right]
+        drawn = [self.sample() for _ in changed]
+        return [[same, u1, left, u2, *pair] for (_, u1, _, u2, _, _), pair in zip(drawn, changed)]
+
     @torch.no_grad()
     def curve(self, points: int = 81, limit: float = 4.0) -> list[float]:
         """The relaxed function at its mean weights, at `points` inputs from -limit to limit: for the log and figures."""

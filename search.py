@@ -62,6 +62,8 @@ class Config(Training):
     restarts: int = option(1, 'searches from fresh alphas and weights; their functions meet in the run-off')
     target: float = option(0.0, 'no restart once the validation loss is below this')
     runoff: int = option(24, 'cells trained from scratch, proposals and their mutations, judged on validation; 0: none (paper)')
+    runoff_field: str = option('near', 'tried first: plain, each operation alone; or near, the operations in the place of the standard '
+                                       'activation and joined to it, by turns with what the alphas proposed')
     runoff_steps: float = option(0.12, 'steps of the first round; each further one takes a quarter of the field for twice as long')
     runoff_stretch: int = option(1, "its learning rate is that of a training so many times as long as the first round; 1: each "
                                     "round comes to its end, which batch norm needs to be judged")
@@ -73,6 +75,7 @@ class Config(Training):
         valid('--sampler', self.sampler, SAMPLERS)
         valid('--normalise', self.normalise, NORMALISERS)
         valid('--shrink', self.shrink, ('linear', 'log', 'none'))
+        valid('--runoff-field', self.runoff_field, ('plain', 'near'))
         valid('--data', self.data, data.DATA if not self.teacher else ('teacher',))
         within(self, 0, 'runoff', 'seed', 'arch_weight_decay', 'warmstart', 'shrink_from', 'shrink_until', 'arch_lr',
                'runoff_steps', 'checkpoint_every', 'refine', 'target')
@@ -99,7 +102,7 @@ _PAPER = dict(sampler='dirichlet', normalise='none', warm_alphas=True, shrink='l
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'laptop': {
         'resnet20': dict(data='cifar10_16', steps=150, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
-                         weight_decay=5e-4, runoff=32, runoff_steps=0.24),
+                         weight_decay=5e-4, runoff=32, runoff_steps=0.24, runoff_field='plain'),
         'vit_tiny': dict(data='cifar10_16', steps=60, batch_size=16, lr=5e-4, lr_end=0.1, warmup=0.1,
                          weight_decay=0.05, runoff=16, runoff_steps=0.4, runoff_stretch=4),
         'minigpt': dict(data='tinystories_sample', steps=80, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
@@ -191,7 +194,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
     drops, warmstart, discrete = cell.operations() - 6, config.at(config.warmstart), config.at(config.shrink_until)
     # What is neither in a module nor in an optimiser. skipped: steps that were not finite, in all and in a row just now.
     state: dict[str, Any] = {'step': 0, 'restart': 0, 'runoff': None, 'initial': copy.deepcopy(model.state_dict()),
-                             'plain': [], 'proposals': [], 'found': [], 'skipped': 0, 'in_a_row': 0}
+                             'simple': [], 'proposals': [], 'found': [], 'skipped': 0, 'in_a_row': 0}
     # What a forward pass changes besides: running statistics of batch norm, and the cell's histograms of inputs.
     running = [b for b in [*model.buffers(), cell.seen] if b.is_floating_point()]
     holders = {'model': model, 'cell': cell, 'train_batches': train_batches, 'val_batches': val_batches,
@@ -267,9 +270,9 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
             # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
             while drops + 6 - cell.operations() < drops_due(step + 1, config, drops):
                 row.setdefault('dropped', []).append(cell.drop())
-            # Cells to try afterwards: the plain operations, and what the alphas say, some 200 times on the way.
+            # Cells to try afterwards: simple ones, and what the alphas say, some 200 times on the way.
             if config.runoff and step == warmstart:
-                state['plain'] = cell.plain()
+                state['simple'] = cell.plain() if config.runoff_field == 'plain' else cell.near()
             often = max(1, (discrete - warmstart) // 200)
             if (config.refine or config.runoff) and warmstart <= step < discrete and step % often == 0:
                 state['proposals'].append(cell.sample())
@@ -303,9 +306,10 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         _, expression, result = min(state['found'], key=lambda entry: entry[0])
         return Activation(expression, config.clip), result
     if state['runoff'] is None:
-        # Where the descent ended, then the plain operations, then what else the alphas proposed.
-        plain, proposed = ([cells[int(k)] for k in torch.randperm(len(cells))] for cells in (state['plain'], state['proposals']))
-        state['proposals'] = [[active[0] for active in cell.active], *plain, *proposed]
+        # Where the descent ended; then all plain operations, or, by turns, two cells near the standard one and one proposal.
+        simple, proposed = ([cells[int(k)] for k in torch.randperm(len(cells))] for cells in (state['simple'], state['proposals']))
+        turns = [[*simple, *proposed]] if config.runoff_field == 'plain' else itertools.zip_longest(simple[::2], simple[1::2], proposed)
+        state['proposals'] = [[active[0] for active in cell.active], *(chosen for turn in turns for chosen in turn if chosen)]
         state['runoff'] = {'field': [], 'steps': max(2, config.at(config.runoff_steps))}
     return runoff(model, cell, state, train_batches, val_batches, loss, config, report, snapshot)
 

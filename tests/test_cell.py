@@ -449,6 +449,16 @@ def test_plain_cells():
     assert Cell('relu,tanh,add').plain() == []
 
 
+def test_cells_near_the_standard_activation():
+    """Another operation in its place, or one that is joined to it; none that is the standard activation itself."""
+    torch.manual_seed(0)
+    cell = Cell(standard='gelu')
+    near = [cell.expression(chosen) for chosen in cell.near()]
+    assert len(near) == 22 + 3 * 8 and {'relu(x)', 'silu(x)', 'x'} <= set(near[:22]) and 'gelu(x)' not in near[:22]
+    assert all('gelu(x)' in expression for expression in near[22:] if expression.startswith(('mul', 'add', 'max', 'gate')))
+    assert len(set(near[22:])) > 15 and Cell('relu,tanh,add', standard='relu').near() == []
+
+
 def test_mutations_stay_close():
     """One operation changed, or two, or one that was outermost moved inside first; over many all operations come up; a
     cell without left or identity has mutations too."""
