@@ -160,7 +160,7 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
         steps, field, results = state['runoff']['steps'], state['runoff']['field'], {}
         schedule = dataclasses.replace(config, steps=max(steps, config.runoff_stretch * config.at(config.runoff_steps)))
         report({'runoff': len(field) or config.runoff, 'runoff_steps': steps}, snapshot)
-        batches, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, 10))
+        batches, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, config.runoff_batches))
         trained(standard, standard_values)
         if field:
             ranking = sorted((worth(trained(word, values_of(Activation(word, config.clip)))), word) for word in field)

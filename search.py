@@ -67,6 +67,7 @@ class Config(Training):
     runoff_steps: float = option(0.12, 'steps of the first round; each further one takes a quarter of the field for twice as long')
     runoff_stretch: int = option(1, "its learning rate is that of a training so many times as long as the first round; 1: each "
                                     "round comes to its end, which batch norm needs to be judged")
+    runoff_batches: int = option(10, 'validation batches that judge a candidate')
     # the log
     checkpoint_every: float = option(60.0, 'seconds between checkpoints')
 
@@ -80,7 +81,7 @@ class Config(Training):
         within(self, 0, 'runoff', 'seed', 'arch_weight_decay', 'warmstart', 'shrink_from', 'shrink_until', 'arch_lr',
                'runoff_steps', 'checkpoint_every', 'refine', 'target')
         within(self, 20, 'steps')
-        within(self, 1, 'restarts', 'runoff_stretch')
+        within(self, 1, 'restarts', 'runoff_stretch', 'runoff_batches')
         if not 0 <= self.start < 1:
             raise ConfigError(f'--start {self.start}: it must be a share, 0 up to below 1')
         within(self, 1e-3, 'temperature')
@@ -104,7 +105,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         'resnet20': dict(data='cifar10_16', steps=150, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
                          weight_decay=5e-4, runoff=32, runoff_steps=0.24, runoff_field='plain'),
         'vit_tiny': dict(data='cifar10_16', steps=60, batch_size=16, lr=5e-4, lr_end=0.1, warmup=0.1,
-                         weight_decay=0.05, runoff=16, runoff_steps=0.4, runoff_stretch=4),
+                         weight_decay=0.05, runoff=16, runoff_steps=0.4, runoff_stretch=4, runoff_batches=24),
         'minigpt': dict(data='tinystories_sample', steps=80, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
                         weight_decay=0.1, runoff=16, runoff_steps=0.4, runoff_stretch=4),
         # a search takes some 6 s; the first is mostly enough
