@@ -22,7 +22,7 @@ import data
 import figures
 from activation import NAMED, Activation, gallery, named
 from cell import random_expression
-from ledger import append, identity, read_ledger, report
+from ledger import append, identity, nameless, read_ledger, report
 from models import STANDARD
 from models_own import network, standard_of
 from ops import valid
@@ -249,7 +249,7 @@ def evaluate(candidates: list[Candidate], config: Config, seeds: range, against:
     rows of this comparison."""
     dataset, ledger = data.load(config.data, config.data_dir, config.tokens), Path(config.out)
     done = {identity(row): row for row in read_ledger(ledger)}
-    nameless = {identity(row | {'name': ''}): row for row in done.values()}  # two searches may find one function: it is trained once
+    known = {nameless(row): row for row in done.values()}  # two searches may find one function: it is trained once
     append(ledger, {})
     rows = []
     total, count, spent = len(seeds) * len(candidates), 0, []
@@ -259,12 +259,12 @@ def evaluate(candidates: list[Candidate], config: Config, seeds: range, against:
             count += 1
             wanted = {'name': candidate.name, 'expression': candidate.activation.expression, 'clip': candidate.activation.clip,
                       'seed': seed, 'settings': settings(config)}
-            key, function = identity(wanted), identity(wanted | {'name': ''})
+            key, function = identity(wanted), nameless(wanted)
             if key not in done:
-                if function not in nameless:
-                    nameless[function] = retrain(candidate, config, dataset, seed)
-                    spent.append(nameless[function]['seconds'])
-                done[key] = nameless[function] | {'name': candidate.name, 'searched': candidate.searched}
+                if function not in known:
+                    known[function] = retrain(candidate, config, dataset, seed)
+                    spent.append(known[function]['seconds'])
+                done[key] = known[function] | {field: wanted[field] for field in ('name', 'clip')} | {'searched': candidate.searched}
                 append(ledger, done[key])
             row = done[key]
             rows.append(row)

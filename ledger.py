@@ -3,6 +3,7 @@
 Differences are paired: for a seed all activations had the same initial weights and the same batches. Intervals are
 Student's t, 95 %, over seeds; where whole searches are compared, over searches.
 """
+import functools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from activation import NAMED
+from activation import NAMED, Activation
 from models import STANDARD
 from training import json_line, parse_json, write_line
 
@@ -73,6 +74,17 @@ def append(path: Path, row: dict[str, Any]) -> None:
 def identity(row: dict[str, Any]) -> str:
     """Two rows with the same identity are the same run."""
     return json.dumps([row[key] for key in ('name', 'expression', 'clip', 'seed', 'settings')], sort_keys=True)
+
+
+@functools.lru_cache(maxsize=None)
+def acts(expression: str, clip: Optional[float]) -> Optional[float]:
+    """The clip bound, or None where nothing in the function is clipped, so that the bound makes no difference."""
+    return clip if 'clip(' in Activation(expression, clip).formula else None
+
+
+def nameless(row: dict[str, Any]) -> str:
+    """Two rows of which this is the same are the same run of one function, whatever it is called."""
+    return identity(row | {'name': '', 'clip': acts(row['expression'], row['clip'])})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
