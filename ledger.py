@@ -188,29 +188,36 @@ def table(rows: list[dict[str, Any]], against: str, metric: str) -> str:
 
 
 def together(rows: list[dict[str, Any]], against: str, metric: str) -> str:
-    """All the functions that searches found for this very network and data, as one: a search is one observation, the mean of its
-    paired differences. Against the reference, the best of the named functions, and the best of the random cells. '' for less than two."""
+    """All the functions that searches found for this very network and data, as one: their mean paired difference to the reference, the
+    best of the named functions, and the best of the random cells. '' for less than two functions.
+
+    Two intervals, since there are two sources of chance: over searches (each with its mean over training seeds), and over training
+    seeds (each with its mean over searches). Where all searches find one function the first is empty of meaning.
+    """
     higher, key = metric == 'accuracy', f'test_{metric}'
     place = f"{rows[0]['settings']['model']}/{rows[0]['settings']['data']}"
     values: dict[str, dict[int, float]] = {}
     for row in rows:
         values.setdefault(row['name'], {})[row['seed']] = row[key] if not row['diverged'] else math.nan
     found = sorted({row['name'] for row in rows if row['searched'] == place})
-    mean = {name: statistics.fmean(by_seed.values()) for name, by_seed in values.items()}
     if len(found) < 2:
         return ''
-    kinds = {'the reference': [against], 'the best of the baselines': [name for name in values if name in NAMED and not name.startswith('grafs')],
+    mean = {name: statistics.fmean(by_seed.values()) for name, by_seed in values.items()}
+    kinds = {'the reference': [against],
+             'the best of the baselines': [name for name in values if name in NAMED and not name.startswith('grafs')],
              'the best of the random cells': [name for name in values if name.startswith('random_')]}
-    lines = [f'{len(found)} functions found by searches on {place}, a search being one observation:']
+    lines = [f'The {len(found)} functions that searches on {place} found, together:']
     for kind, names in kinds.items():
         names = [name for name in names if math.isfinite(mean.get(name, math.nan))]
         if not names:
             continue
-        best = (max if higher else min)(names, key=mean.get)
-        means = {k: compare(values[name], values[best], higher).mean for k, name in enumerate(found)}
-        c = compare(means, dict.fromkeys(means, 0.0), higher)
-        lines.append(f'  minus {best}, {kind}: {c.mean:+.4f}, 95 % interval {c.mean - c.half:+.4f} to {c.mean + c.half:+.4f}; '
-                     f'{c.wins} of {c.n} are better on average')
+        other = values[best := (max if higher else min)(names, key=mean.get)]
+        by_search = {k: compare(values[name], other, higher).mean for k, name in enumerate(found)}
+        by_seed = {seed: statistics.fmean(values[name][seed] - other[seed] for name in found if seed in values[name])
+                   for seed in other if any(seed in values[name] for name in found)}
+        a, b = (compare(differences, dict.fromkeys(differences, 0.0), higher) for differences in (by_search, by_seed))
+        lines.append(f'- minus {best}, {kind}: {a.mean:+.4f}; {a.wins} of {a.n} better on average; 95 % interval over searches '
+                     f'{a.mean - a.half:+.4f} to {a.mean + a.half:+.4f}, over training seeds {b.mean - b.half:+.4f} to {b.mean + b.half:+.4f}')
     return '\n'.join(lines)
 
 

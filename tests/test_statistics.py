@@ -55,17 +55,21 @@ def test_verdict(differences, higher, diverged, expected):
 
 
 def test_searches_taken_together():
-    """A search is one observation: two found functions, means by hand; a third from elsewhere does not count."""
+    """Two found functions, means by hand; a third from elsewhere does not count."""
     settings = dict(model='toy', data='cifar10_16')
 
     def rows(name, searched, *losses):
-        return [dict(name=name, searched=searched, seed=seed, settings=settings, diverged=loss is None, test_loss=loss) for seed, loss in enumerate(losses)]
-    ledger = [*rows('relu', '', 1.0, 1.2), *rows('gelu', '', 0.8, 1.0), *rows('grafs_gpt_2', '', 0.1, 0.1), *rows('random_0', '', 2.0, 2.0), *rows('random_1', '', None, 2.0),
+        return [dict(name=name, searched=searched, seed=seed, settings=settings, diverged=loss is None, test_loss=loss)
+                for seed, loss in enumerate(losses)]
+    ledger = [*rows('relu', '', 1.0, 1.2), *rows('gelu', '', 0.8, 1.0), *rows('grafs_gpt_2', '', 0.1, 0.1),
+              *rows('random_0', '', 2.0, 2.0), *rows('random_1', '', None, 2.0),
               *rows('a', 'toy/cifar10_16', 0.9, 1.0), *rows('b', 'toy/cifar10_16', 1.1, 1.2), *rows('c', 'resnet20/cifar10', 0.0, 0.0)]
     head, reference, best, random = together(ledger, 'relu', 'loss').splitlines()
-    assert head.startswith('2 functions')
-    # a: -0.1 and -0.2, so -0.15; b: 0.1 and 0, so 0.05. Their mean -0.05, standard deviation 0.1414, half 12.706 * 0.1
-    assert 'minus relu' in reference and '-0.0500, 95 % interval -1.3206 to +1.2206; 1 of 2' in reference
+    assert 'The 2 functions' in head
+    # a: -0.1 and -0.2, so -0.15; b: 0.1 and 0, so 0.05: mean -0.05, standard deviation 0.1414, half 12.706 * 0.1.
+    # Seed 0: -0.1 and 0.1, so 0; seed 1: -0.2 and 0, so -0.1: the same mean, half 12.706 * 0.05.
+    assert 'minus relu' in reference and '-0.0500; 1 of 2 better' in reference
+    assert 'over searches -1.3206 to +1.2206, over training seeds -0.6853 to +0.5853' in reference
     assert 'minus gelu' in best and '+0.1500' in best and '0 of 2' in best
     assert 'minus random_0' in random and '2 of 2' in random
-    assert together(ledger[:-4], 'relu', 'loss') == ''
+    assert together([row for row in ledger if row['name'] != 'b'], 'relu', 'loss') == ''
