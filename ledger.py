@@ -216,8 +216,9 @@ def together(rows: list[dict[str, Any]], against: str, metric: str) -> str:
         by_seed = {seed: statistics.fmean(values[name][seed] - other[seed] for name in found if seed in values[name])
                    for seed in other if any(seed in values[name] for name in found)}
         a, b = (compare(differences, dict.fromkeys(differences, 0.0), higher) for differences in (by_search, by_seed))
+        seeds = f'{b.mean - b.half:+.4f} to {b.mean + b.half:+.4f}' if b.n > 1 else 'unknown (one seed)'
         lines.append(f'- minus {best}, {kind}: {a.mean:+.4f}; {a.wins} of {a.n} better on average; 95 % interval over searches '
-                     f'{a.mean - a.half:+.4f} to {a.mean + a.half:+.4f}, over training seeds {b.mean - b.half:+.4f} to {b.mean + b.half:+.4f}')
+                     f'{a.mean - a.half:+.4f} to {a.mean + a.half:+.4f}, over training seeds {seeds}')
     return '\n'.join(lines)
 
 
