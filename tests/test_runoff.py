@@ -1,11 +1,19 @@
 """After the descent: proposals and their mutations, tried on trained weights or from scratch."""
+import math
+
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
+import runoff
+import search as script
 from activation import Activation
 from cell import Cell
+from models import teacher_and_student
 from runoff import evolve
+from search import Config, search
+from training import learning_rate
 
 
 def distance_to(target: str, cell: Cell):
@@ -59,3 +67,105 @@ def test_half_of_them_are_proposals(count):
            lambda chosen, values: order.append(cell.expression(chosen)) or trial(chosen, values), 1e-3)
     first = [f'{name}(x)' for name in names[:(count + 1) // 2]]
     assert len(order) == count and order[:len(first)] == first and order[len(first):len(first) + 1] != [f'{names[len(first)]}(x)']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a search.
+
+class Batches:
+    """Endless batches of what a teacher says to 16 normal numbers."""
+
+    def __init__(self, teacher, seed):
+        self.teacher, self.draw = teacher, torch.Generator().manual_seed(seed)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        x = torch.randn(32, 16, generator=self.draw)
+        return x, self.teacher(x).detach()
+
+    def state_dict(self):
+        return {'draw': self.draw.get_state()}
+
+
+def searched(monkeypatch=None, ops='base', points=257, **changes):
+    """A short search on the toy; its cell, what it returned, what it reported, and the calls of runoff.train."""
+    torch.manual_seed(0)
+    cell = Cell(ops, points=points, sampler='softmax')
+    teacher, model = teacher_and_student(nn.SiLU, cell.site)
+    rows, calls, original = [], [], runoff.train
+
+    def train(model, batches, loss, config, rate):
+        calls.append(({name: value.clone() for name, value in model.state_dict().items()}, len(batches),
+                      [rate(step) for step in range(len(batches))]))
+        original(model, batches, loss, config, rate)
+    if monkeypatch:
+        monkeypatch.setattr(runoff, 'train', train)
+    config = Config(**dict(dict(steps=60, warmstart=5, shrink_from=10, shrink_until=50, lr=0.01, lr_end=0.0, warmup=0.3, runoff=8, runoff_steps=3) | changes))
+    result = search(model, Batches(teacher, 1), Batches(teacher, 2), F.mse_loss, config, lambda row, snapshot: rows.append(row))
+    return cell, result, rows, calls, config
+
+
+def same_state(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize('stretch', [1, 4])
+def test_rounds(stretch, monkeypatch):
+    """Everything starts from the same weights; eight cells for 3 steps, the best two for 6, the standard activation in both;
+    the learning rate is that of a round's own length, or of `stretch` times the first."""
+    cell, _, rows, calls, config = searched(monkeypatch, runoff_stretch=stretch)
+    assert all(same_state(calls[0][0], call[0]) for call in calls)
+    assert [call[1] for call in calls] == 9 * [3] + 3 * [6]
+    for _, steps, rates in calls:
+        whole = Config(**{**vars(config), 'steps': max(steps, 3 * stretch)})
+        assert rates == [learning_rate(step, whole) for step in range(steps)]
+    candidates = [row for row in rows if 'candidate' in row]
+    first, second = candidates[:9], candidates[9:]
+    assert first[0]['candidate'] == second[0]['candidate'] == cell.standard.expression
+    ranked = sorted(first[1:], key=lambda row: row['loss'])
+    assert [row['candidate'] for row in second[1:]] == [row['candidate'] for row in ranked[:2]]
+
+
+def test_what_is_no_candidate():
+    """Neither the standard activation under whatever name, nor a straight line or a constant, as long as there are others."""
+    cell, _, rows, _, _ = searched(ops='identity,neg,scale,const,relu,tanh,left,right,max', runoff=12)
+    x = torch.linspace(-5, 5, 201)
+    standards = [row for row in rows if row.get('candidate') == 'relu(x)']
+    others = {row['candidate'] for row in rows if 'candidate' in row} - {'relu(x)'}
+    assert len(others) > 3 and len(standards) == len({row['runoff_steps'] for row in rows if 'candidate' in row})
+    for expression in others:
+        y = Activation(expression)(x).detach().expand(len(x))
+        assert (y - x.relu()).abs().max() > 1e-3 and y.diff().diff().abs().max() > 1e-4, expression
+
+
+def test_plain_field():
+    """Before anything else each operation alone, after what the descent ended with."""
+    cell, _, rows, _, _ = searched(runoff=60, runoff_steps=1, runoff_field='plain')
+    candidates = [row['candidate'] for row in rows if 'candidate' in row and row['runoff_steps'] == 2]  # at least two
+    names = {op.name for op in cell.ops[4]} - {'identity', 'neg', 'scale', 'bias', 'const', 'relu'}  # lines, and the standard
+    assert {f'{name}(x)' for name in names} <= set(candidates[1:len(names) + 3])
+
+
+def test_refine_compares_like_with_like(monkeypatch):
+    """All trials from the weights of the descent, for ten steps at one rate; the cell that is kept is the best of them."""
+    rankings, original = [], runoff.evolve
+    monkeypatch.setattr(runoff, 'evolve', lambda *arguments: rankings.append(original(*arguments)) or rankings[-1])
+    cell, (found, _), rows, calls, config = searched(monkeypatch, 'relu,tanh,square,abs,silu,add,mul,max,left,right', runoff=0, refine=40)
+    (best, winner), (second, _) = rankings[0][:2]
+    assert best < second and found.expression == cell.expression(winner)
+    assert len(calls) == 40 and all(same_state(calls[0][0], call[0]) for call in calls)
+    assert all(steps == 10 and rates == 10 * [pytest.approx(0.3 * config.lr)] for _, steps, rates in calls)
+    assert [row['refine'] for row in rows if 'refine' in row] == [0, 40] and cell.operations() == 6
+
+
+def test_a_descent_that_fits_is_not_refined(monkeypatch):
+    """Below --target there is nothing to try, and no restart; above it both happen, with the proposals of that restart only."""
+    _, _, rows, calls, _ = searched(monkeypatch, runoff=0, refine=40, target=math.inf, restarts=2)
+    assert calls == [] and {row.get('restart', 0) for row in rows} == {0}
+    proposals, original = [], script.refine
+    monkeypatch.setattr(script, 'refine', lambda model, cell, proposed, *rest: proposals.append(len(proposed)) or original(model, cell, proposed, *rest))
+    _, _, rows, calls, _ = searched(monkeypatch, runoff=0, refine=10, restarts=2)
+    assert len(calls) == 20 and proposals == [45, 45]
+    assert {row.get('restart', 0) for row in rows} == {0, 1}

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from ledger import compare, t_quantile, together, verdict
+from ledger import compare, nameless, t_quantile, together, verdict
 
 
 @pytest.mark.parametrize('freedom, t', [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228),
@@ -73,3 +73,12 @@ def test_searches_taken_together():
     assert 'minus gelu' in best and '+0.1500' in best and '0 of 2' in best
     assert 'minus random_0' in random and '2 of 2' in random
     assert together([row for row in ledger if row['name'] != 'b'], 'relu', 'loss') == ''
+
+
+def test_one_function_whatever_its_name_and_bound():
+    """The name never matters; the clip bound matters where something is clipped; function, seed and settings always do."""
+    def key(**changes):
+        return nameless(dict(name='a', expression='elu(x)', clip=10.0, seed=0, settings={'lr': 0.1}) | changes)
+    assert key() == key(name='b') == key(clip=None) == key(clip=2.0)
+    assert key(expression='square(x)') == key(expression='square(x)', name='b') != key(expression='square(x)', clip=None)
+    assert len({key(), key(expression='silu(x)'), key(seed=1), key(settings={'lr': 0.2})}) == 4
