@@ -16,6 +16,7 @@ from activation import NAMED, Activation
 from models import STANDARD
 from training import json_line, parse_json, write_line
 
+
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """The rows of a ledger. A line that is cut or no row is skipped with a warning; no ledger is an empty one."""
     if not path.exists():
@@ -192,29 +193,36 @@ def together(rows: list[dict[str, Any]], against: str, metric: str) -> str:
     best of the named functions, and the best of the random cells. '' for less than two functions.
 
     Two intervals, since there are two sources of chance: over searches (each with its mean over training seeds), and over training
-    seeds (each with its mean over searches). Where all searches find one function the first is empty of meaning.
+    seeds (each with its mean over searches). Where all searches find one function the first is empty of meaning. Runs that
+    diverged are left out, and counted.
     """
     higher, key = metric == 'accuracy', f'test_{metric}'
     place = f"{rows[0]['settings']['model']}/{rows[0]['settings']['data']}"
     values: dict[str, dict[int, float]] = {}
     for row in rows:
-        values.setdefault(row['name'], {})[row['seed']] = row[key] if not row['diverged'] else math.nan
+        if not row['diverged']:
+            values.setdefault(row['name'], {})[row['seed']] = row[key]
     found = sorted({row['name'] for row in rows if row['searched'] == place})
     if len(found) < 2:
         return ''
+    diverged = sum(row['diverged'] for row in rows if row['searched'] == place)
     mean = {name: statistics.fmean(by_seed.values()) for name, by_seed in values.items()}
     kinds = {'the reference': [against],
              'the best of the baselines': [name for name in values if name in NAMED and not name.startswith('grafs')],
              'the best of the random cells': [name for name in values if name.startswith('random_')]}
-    lines = [f'The {len(found)} functions that searches on {place} found, together:']
+    lines = [f'The {len(found)} functions that searches on {place} found, together'
+             + (f' ({diverged} of their runs diverged and are left out):' if diverged else ':')]
     for kind, names in kinds.items():
-        names = [name for name in names if math.isfinite(mean.get(name, math.nan))]
+        names = [name for name in names if name in values]
         if not names:
             continue
         other = values[best := (max if higher else min)(names, key=mean.get)]
-        by_search = {k: compare(values[name], other, higher).mean for k, name in enumerate(found)}
-        by_seed = {seed: statistics.fmean(values[name][seed] - other[seed] for name in found if seed in values[name])
-                   for seed in other if any(seed in values[name] for name in found)}
+        paired = {name: values[name] for name in found if values.get(name, {}).keys() & other.keys()}
+        by_search = {k: compare(by_seed, other, higher).mean for k, by_seed in enumerate(paired.values())}
+        by_seed = {seed: statistics.fmean(v[seed] - other[seed] for v in paired.values() if seed in v)
+                   for seed in other if any(seed in v for v in paired.values())}
+        if not paired:
+            continue
         a, b = (compare(differences, dict.fromkeys(differences, 0.0), higher) for differences in (by_search, by_seed))
         seeds = f'{b.mean - b.half:+.4f} to {b.mean + b.half:+.4f}' if b.n > 1 else 'unknown (one seed)'
         lines.append(f'- minus {best}, {kind}: {a.mean:+.4f}; {a.wins} of {a.n} better on average; 95 % interval over searches '

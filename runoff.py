@@ -1,8 +1,9 @@
-"""After the descent: which discrete cell is it? Short trainings decide (all of this is ours).
+"""After the descent: which discrete cell is it? Short trainings decide (not in the paper).
 
 Gradient descent ends in one discrete cell, and on its way proposes others. But what the alphas like in a mixture need not be
 best alone, and what suits weights already trained may be useless from scratch. So cells are tried, the proposals first and
-then mutations of the best so far: by `refine` from the weights of the descent, by `runoff` from scratch.
+then mutations of the best so far: by `refine` from the weights of the descent, by `runoff` from scratch. The parts are
+known: evolution by mutation (Real et al., arXiv 1802.01548) and successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
 """
 import copy
 import dataclasses
@@ -64,9 +65,8 @@ def evolve(cell: Cell, proposals: list[list[int]], count: int, table: Callable[[
     near = (cell.grid.abs() <= 5).nonzero().flatten()
     near = near[::max(1, len(near) // 100)]
     queue, tried = list(proposals), torch.empty(0, len(near), device=cell.grid.device)
-    for _ in range(20 * count):  # in a small space there may be less than `count` to find
-        if len(tried) == count:
-            break
+    fruitless = 0  # draws in a row that were nothing new: in a small space there may be less than `count` to find
+    while len(tried) < count and fruitless < max(count, 100) + len(proposals):
         if queue and len(tried) < count / 2:
             chosen = queue.pop(0)
         else:
@@ -75,7 +75,9 @@ def evolve(cell: Cell, proposals: list[list[int]], count: int, table: Callable[[
             chosen = cell.mutated(parents[int(torch.randint(len(parents), ()))])
         values = table(chosen)
         if values is None or ((tried - values[near]).norm(dim=1) <= apart * values[near].norm()).any():
+            fruitless += 1
             continue
+        fruitless = 0
         tried = torch.cat([tried, values[None, near]])
         ranking.append((trial(chosen, values), chosen))
         ranking.sort(key=lambda entry: entry[0])  # stable: of equals the first that was tried

@@ -6,9 +6,7 @@
 Each search is `python search.py --model toy --preset paper --steps 400 --teacher FUNCTION --seed SEED` with one option changed: the
 paper's descent alone, neither restarts nor refinement. Two functions, three seeds, so six searches a line.
 """
-import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -18,13 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
-from planted import CLOSE, measured
+from planted import CLOSE, add, ledger, measured
 from search import PRESETS, Config, prepare, search
 from training import Failed, configure
 
 TEACHERS = ('mul(sigmoid(x), x)', 'square(x)')
+MEASURED = ('loss', 'found', 'distance', 'strict', 'diverged', 'skipped', 'seconds')
 WARM = [('0', 0.0), ('1/8', 0.125), ('1/4', 0.25), ('1/2', 0.5)]
 # experiment: {setting: options that differ from the basic search}
 EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -70,27 +67,16 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--out', default='results/first.jsonl')
-    parser.add_argument('--report', metavar='LEDGER')
-    given = parser.parse_args()
-    path = Path(given.report or given.out)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if not given.report:
-        torch.set_num_threads(given.threads)
-        done = {(r['experiment'], r['setting'], r['teacher'], r['seed']) for r in rows}
-        for seed, name in itertools.product(range(given.seeds), EXPERIMENTS):
-            for (setting, options), teacher in itertools.product(EXPERIMENTS[name].items(), TEACHERS):
-                if (name, setting, teacher, seed) in done:
-                    continue
-                # the basic search stands in several experiments and runs once
-                same = next((r for r in rows if effective(r['options']) == effective(options) and (r['teacher'], r['seed']) == (teacher, seed)), None)
-                result = {k: same[k] for k in ('loss', 'found', 'distance', 'strict', 'diverged', 'skipped', 'seconds')} if same else run(options, teacher, seed)
-                rows.append({'experiment': name, 'setting': setting, 'options': options, 'teacher': teacher, 'seed': seed, **result})
-                with open(path, 'a') as file:
-                    file.write(json.dumps(rows[-1]) + '\n')
-                print(f"{name}, {setting}: {teacher} seed {seed}: loss {result['loss']:.4f}, distance {100 * result['distance']:.1f} %, "
-                      f"{result['seconds']:.0f} s  {result['found']}", flush=True)
+    given, path, rows = ledger(__doc__, 'results/first.jsonl', '0:3')
+    done = {(r['experiment'], r['setting'], r['teacher'], r['seed']) for r in rows}
+    for seed, name in itertools.product(given.seeds, () if given.report else EXPERIMENTS):
+        for (setting, options), teacher in itertools.product(EXPERIMENTS[name].items(), TEACHERS):
+            if (name, setting, teacher, seed) in done:
+                continue
+            # the basic search stands in several experiments and runs once
+            same = next((r for r in rows if effective(r['options']) == effective(options) and (r['teacher'], r['seed']) == (teacher, seed)), None)
+            result = {key: same[key] for key in MEASURED} if same else run(options, teacher, seed)
+            add(path, rows, {'experiment': name, 'setting': setting, 'options': options, 'teacher': teacher, 'seed': seed, **result})
+            print(f"{name}, {setting}: {teacher} seed {seed}: loss {result['loss']:.4f}, distance {100 * result['distance']:.1f} %, "
+                  f"{result['seconds']:.0f} s  {result['found']}", flush=True)
     print(report(rows))

@@ -99,25 +99,35 @@ def report(rows: list[dict[str, Any]]) -> str:
                       f'{strict} at the same input scale'])
 
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', default='0:10')
-    parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--out', default='results/planted.jsonl')
-    parser.add_argument('--report', metavar='LEDGER')
+def ledger(description: str, out: str, seeds: str) -> tuple[argparse.Namespace, Path, list[dict[str, Any]]]:
+    """The command line of an experiment that keeps a ledger; where that is, and what it holds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', default=seeds, help='a range such as 0:10')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--out', default=out, help='the ledger; what is there is not repeated')
+    parser.add_argument('--report', metavar='LEDGER', help='print its table, search nothing')
     given = parser.parse_args()
+    given.seeds = range(*map(int, given.seeds.split(':')))
+    torch.set_num_threads(given.threads)
     path = Path(given.report or given.out)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if not given.report:
-        torch.set_num_threads(given.threads)
-        done = {(r['planted'], r['seed'], r['method']) for r in rows}
-        for method, seed, name in itertools.product(('search', 'random'), range(*map(int, given.seeds.split(':'))), PLANTED):
-            if (name, seed, method) in done:
-                continue
-            seconds = next((r['seconds'] for r in rows if (r['planted'], r['seed'], r['method']) == (name, seed, 'search')), 0)
-            row = searched(name, seed) if method == 'search' else at_random(name, seed, seconds)
-            rows.append({'planted': name, 'seed': seed, **row, 'threads': given.threads, 'torch': torch.__version__})
-            with open(path, 'a') as file:
-                file.write(json.dumps(rows[-1]) + '\n')
-            print(f"{name:20s} seed {seed} {method}: {100 * row['distance']:6.2f} % (strict {100 * row['strict']:6.2f} %)  {row['seconds']:.0f} s  {row['found']}", flush=True)
+    return given, path, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add(path: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    rows.append(row)
+    with open(path, 'a') as file:
+        file.write(json.dumps(row) + '\n')
+
+
+if __name__ == '__main__':
+    given, path, rows = ledger(__doc__, 'results/planted.jsonl', '0:10')
+    done = {(r['planted'], r['seed'], r['method']) for r in rows}
+    for method, seed, name in itertools.product(('search', 'random'), given.seeds, () if given.report else PLANTED):
+        if (name, seed, method) in done:
+            continue
+        seconds = next((r['seconds'] for r in rows if (r['planted'], r['seed'], r['method']) == (name, seed, 'search')), 0)
+        row = searched(name, seed) if method == 'search' else at_random(name, seed, seconds)
+        add(path, rows, {'planted': name, 'seed': seed, **row, 'threads': given.threads, 'torch': torch.__version__})
+        print(f"{name:20s} seed {seed} {method}: {100 * row['distance']:6.2f} % (strict {100 * row['strict']:6.2f} %)  "
+              f"{row['seconds']:.0f} s  {row['found']}", flush=True)
     print(report(rows))

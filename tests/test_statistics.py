@@ -73,6 +73,11 @@ def test_searches_taken_together():
     assert 'minus gelu' in best and '+0.1500' in best and '0 of 2' in best
     assert 'minus random_0' in random and '2 of 2' in random
     assert together([row for row in ledger if row['name'] != 'b'], 'relu', 'loss') == ''
+    # A diverged run counts as such and in no mean; a function that diverged on all seeds has none.
+    worse = [*ledger, *rows('d', 'toy/cifar10_16', None, 1.3), *rows('e', 'toy/cifar10_16', None)]
+    head, reference, *_ = together(worse, 'relu', 'loss').splitlines()
+    assert 'The 4 functions' in head and '2 of their runs diverged' in head
+    assert '+0.0000; 1 of 3 better' in reference  # -0.15, 0.05 and 0.1 on seed 1
 
 
 def test_one_function_whatever_its_name_and_bound():
