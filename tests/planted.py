@@ -83,20 +83,21 @@ def at_random(name: str, seed: int, seconds: float) -> dict[str, Any]:
 def report(rows: list[dict[str, Any]]) -> str:
     lines = ['| planted | searches | within 2 % | at the same input scale | median distance | worst | seconds, median and most | '
              'random search within 2 % | at the same input scale |', '|---|---|---|---|---|---|---|---|---|']
-    close = strict = total = 0
+    counts = [(0,) * 6]  # hits, hits at the planted input scale, searches; the same three of random search
     for name in PLANTED:
         mine, random = ([r for r in rows if r['planted'] == name and r['method'] == m] for m in ('search', 'random'))
         if not mine:
             continue
-        hits, exact = (sum(r[measure] < CLOSE for r in mine) for measure in ('distance', 'strict'))
-        close, strict, total = close + hits, strict + exact, total + len(mine)
-        seconds = [r['seconds'] for r in mine]
-        lines.append(f"| {name} | {len(mine)} | {hits} | {exact} | {100 * statistics.median(r['distance'] for r in mine):.2f} % | "
-                     f"{100 * max(r['distance'] for r in mine):.2f} % | {statistics.median(seconds):.0f}, {max(seconds):.0f} | "
-                     f"{sum(r['distance'] < CLOSE for r in random)} of {len(random)} | "
-                     f"{sum(r['strict'] < CLOSE for r in random)} |")
-    return '\n'.join([*lines, '', f'{close} of {total} searches came within 2 %: {100 * close / max(total, 1):.0f} %; '
-                      f'{strict} at the same input scale'])
+        hits, exact, lucky, exactly = (sum(r[measure] < CLOSE for r in some) for some in (mine, random) for measure in ('distance', 'strict'))
+        counts.append((hits, exact, len(mine), lucky, exactly, len(random)))
+        seconds, distances = [r['seconds'] for r in mine], [r['distance'] for r in mine]
+        lines.append(f"| {name.replace('|', chr(92) + '|')} | {len(mine)} | {hits} | {exact} | {100 * statistics.median(distances):.2f} % | "
+                     f"{100 * max(distances):.2f} % | {statistics.median(seconds):.0f}, {max(seconds):.0f} | "
+                     f"{lucky} of {len(random)} | {exactly} |")
+    hits, exact, total, lucky, exactly, drawn = map(sum, zip(*counts))
+    return '\n'.join([*lines, '', *(f'{close} of {n} {who} came within 2 %: {100 * close / n:.0f} %; {strict} at the same input scale'
+                                    for close, strict, n, who in ((hits, exact, total, 'searches'), (lucky, exactly, drawn, 'random searches'))
+                                    if n)])
 
 
 def ledger(description: str, out: str, seeds: str) -> tuple[argparse.Namespace, Path, list[dict[str, Any]]]:

@@ -25,4 +25,6 @@ def test_report_counts():
     rows = [{'planted': 'SiLU', 'method': method, 'distance': d, 'strict': 2 * d, 'seconds': s}
             for method, d, s in (('search', 0.01, 10), ('search', 0.03, 20), ('search', 0.0, 60), ('random', 0.5, 10))]
     text = planted.report(rows)
-    assert '| SiLU | 3 | 2 | 1 | 1.00 % | 3.00 % | 20, 60 | 0 of 1 | 0 |' in text and '2 of 3 searches came within 2 %: 67 %' in text
+    assert '| SiLU | 3 | 2 | 1 | 1.00 % | 3.00 % | 20, 60 | 0 of 1 | 0 |' in text and '2 of 3 searches came within 2 %: 67 %; 1 at' in text
+    assert text.endswith('0 of 1 random searches came within 2 %: 0 %; 0 at the same input scale')
+    assert planted.report([{**rows[0], 'planted': '|x|'}]).splitlines()[2].startswith(r'| \|x\| | 1 |')  # else a column too many
