@@ -4,7 +4,7 @@
     python tests/first_experiments.py --report results/first.jsonl
 
 Each search is `python search.py --model toy --preset paper --steps 400 --teacher FUNCTION --seed SEED` with one option changed: the
-paper's descent alone, neither restarts nor refinement. Two functions, three seeds, so six searches a line.
+paper's descent alone, neither restarts nor refinement. Two functions, ten seeds, so twenty searches a line.
 """
 import itertools
 import math
@@ -67,7 +67,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == '__main__':
-    given, path, rows = ledger(__doc__, 'results/first.jsonl', '0:3')
+    given, path, rows = ledger(__doc__, 'results/first.jsonl', '0:10')
     done = {(r['experiment'], r['setting'], r['teacher'], r['seed']) for r in rows}
     for seed, name in itertools.product(given.seeds, () if given.report else EXPERIMENTS):
         for (setting, options), teacher in itertools.product(EXPERIMENTS[name].items(), TEACHERS):
