@@ -59,7 +59,7 @@ class Config(Training):
     points: int = option(8193, 'of the grid on which the cell is tabulated; best an odd number, at most 32,768')
     # after the descent (ours)
     refine: int = option(0, 'cells tried on the trained weights, proposals of the alphas and their mutations; 0: none (paper)')
-    restarts: int = option(1, 'searches from fresh alphas and weights; their functions meet in the run-off')
+    restarts: int = option(1, 'descents from fresh alphas and weights; what they end with meets in the run-off')
     target: float = option(0.0, 'validation loss below which nothing is refined and no restart follows')
     runoff: int = option(24, 'cells trained from scratch, proposals and their mutations, judged on validation; 0: none (paper)')
     runoff_field: str = option('near', 'tried first: plain, each operation alone; or near, the operations in the place of the standard '
@@ -292,7 +292,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         with torch.no_grad():
             cell.draw()
         result = score(model, itertools.islice(val_batches, 20), loss)
-        state['found'].append([worth(result), cell.expression(), result])
+        state['found'].append([worth(result), cell.expression(), result, [active[0] for active in cell.active]])
         state['restart'] += 1
         if state['restart'] == config.restarts or result['loss'] < config.target:
             break
@@ -304,13 +304,14 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         report({'restarting': state['restart']}, snapshot)
 
     if not config.runoff:
-        _, expression, result = min(state['found'], key=lambda entry: entry[0])
+        _, expression, result, _ = min(state['found'], key=lambda entry: entry[0])
         return Activation(expression, config.clip), result
     if state['runoff'] is None:
-        # Where the descent ended; then all plain operations, or, by turns, two cells near the standard one and one proposal.
+        # Where the descents ended, the last one first; then all plain operations, or, by turns, two cells near the standard one and
+        # one proposal.
         simple, proposed = ([cells[int(k)] for k in torch.randperm(len(cells))] for cells in (state['simple'], state['proposals']))
         turns = [[*simple, *proposed]] if config.runoff_field == 'plain' else itertools.zip_longest(simple[::2], simple[1::2], proposed)
-        state['proposals'] = [[active[0] for active in cell.active], *(chosen for turn in turns for chosen in turn if chosen)]
+        state['proposals'] = [*(end for *_, end in reversed(state['found'])), *(chosen for turn in turns for chosen in turn if chosen)]
         state['runoff'] = {'field': [], 'steps': max(2, config.at(config.runoff_steps))}
     return runoff(model, cell, state, train_batches, val_batches, loss, config, report, snapshot)
 

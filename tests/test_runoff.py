@@ -148,6 +148,15 @@ def test_plain_field():
     assert {f'{name}(x)' for name in names} <= set(candidates[1:len(names) + 3])
 
 
+def test_all_descents_meet_in_the_runoff(monkeypatch):
+    """With restarts: where each descent ended is tried, the last one first. Resting alphas, so that they end by luck, apart."""
+    ends, original = [], script.score
+    monkeypatch.setattr(script, 'score', lambda model, *rest: ends.append(script.cell_of(model).expression()) or original(model, *rest))
+    _, _, rows, _, _ = searched(monkeypatch, 'relu,tanh,square,abs,sqrt,atan,left,right', runoff=8, restarts=3, arch_lr=0.0)
+    first = [row['candidate'] for row in rows if 'candidate' in row and row['runoff_steps'] == 3][1:4]
+    assert len(set(ends)) == 3 and first == ends[::-1]
+
+
 def test_refine_compares_like_with_like(monkeypatch):
     """All trials from the weights of the descent, for ten steps at one rate; the cell that is kept is the best of them."""
     rankings, original = [], runoff.evolve
