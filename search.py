@@ -107,7 +107,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         'vit_tiny': dict(data='cifar10_16', steps=60, batch_size=16, lr=5e-4, lr_end=0.1, warmup=0.1,
                          weight_decay=0.05, runoff=12, runoff_steps=0.67, runoff_batches=24),
         'minigpt': dict(data='tinystories_sample', steps=80, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
-                        weight_decay=0.1, runoff=16, runoff_steps=0.4, runoff_stretch=4),
+                        weight_decay=0.1, arch_lr=0.3, temperature=0.3, runoff=8, runoff_steps=0.8, runoff_stretch=2),
         # a descent takes some 5 s, a thousand cells 7; the first descent is mostly enough
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
                     weight_decay=0.0, arch_lr=0.1, warmstart=0.05, shrink_until=0.9, normalise='centre', points=1024,
@@ -307,10 +307,10 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         _, expression, result, _ = min(state['found'], key=lambda entry: entry[0])
         return Activation(expression, config.clip), result
     if state['runoff'] is None:
-        # Where the descents ended, the last one first; then all plain operations, or, by turns, two cells near the standard one and
-        # one proposal.
+        # Where the descents ended, the last one first; then all plain operations, or, by turns, a cell near the standard one and a
+        # proposal.
         simple, proposed = ([cells[int(k)] for k in torch.randperm(len(cells))] for cells in (state['simple'], state['proposals']))
-        turns = [[*simple, *proposed]] if config.runoff_field == 'plain' else itertools.zip_longest(simple[::2], simple[1::2], proposed)
+        turns = [[*simple, *proposed]] if config.runoff_field == 'plain' else itertools.zip_longest(simple, proposed)
         state['proposals'] = [*(end for *_, end in reversed(state['found'])), *(chosen for turn in turns for chosen in turn if chosen)]
         state['runoff'] = {'field': [], 'steps': max(2, config.at(config.runoff_steps))}
     return runoff(model, cell, state, train_batches, val_batches, loss, config, report, snapshot)
