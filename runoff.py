@@ -143,7 +143,8 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
     def table(chosen: list[int]) -> Optional[Tensor]:
         activation = Activation(cell.expression(chosen), config.clip)
         values = values_of(activation)
-        known = (values - standard_values).norm() <= 1e-3 * values.norm()
+        # the standard activation, or that with the sign turned, which the next layer would turn back
+        known = min((values - sign * standard_values).norm() for sign in (1, -1)) <= 3e-3 * values.norm()
         return None if known or not values.isfinite().all() or not bend(activation) > 0.01 else values
 
     def trained(expression: str, values: Tensor) -> dict[str, float]:
