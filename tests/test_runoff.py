@@ -140,6 +140,31 @@ def test_what_is_no_candidate():
         assert min((y - x.relu()).norm(), (y + x.relu()).norm()) > 3e-3 * y.norm() and y.diff().diff().abs().max() > 1e-4, expression
 
 
+def test_the_standard_activation_is_known(monkeypatch):
+    """By whatever spelling and sign, or with next to nothing added; LeakyReLU, which leaks 1 %, is another function than ReLU."""
+    tables, original = [], runoff.evolve
+    monkeypatch.setattr(runoff, 'evolve', lambda cell, proposals, count, table, *rest: tables.append(table) or original(cell, proposals, count, table, *rest))
+    cell, *_ = searched()
+    unary, binary = ({op.name: k for k, op in enumerate(cell.ops[k])} for k in (0, 2))
+
+    def out_of_question(u0, b0, u2, u3, b1):
+        return tables[0]([unary[u0], unary['identity'], binary[b0], unary[u2], unary[u3], binary[b1]]) is None
+    assert out_of_question('relu', 'left', 'identity', 'tanh', 'left') and out_of_question('tanh', 'left', 'tanh', 'relu', 'right')
+    assert out_of_question('relu', 'left', 'neg', 'tanh', 'left')
+    assert not out_of_question('leaky_relu', 'left', 'identity', 'tanh', 'left') and not out_of_question('relu', 'left', 'tanh', 'tanh', 'left')
+
+
+def test_near_cells_and_proposals_take_turns(monkeypatch):
+    """After what the descent ended with: a cell near the standard activation, a proposal of the alphas, and so on."""
+    near, queues, original = [], [], runoff.evolve
+    monkeypatch.setattr(Cell, 'near', lambda cell, made=Cell.near: near.extend(made(cell)) or list(near))
+    monkeypatch.setattr(runoff, 'evolve', lambda cell, proposals, *rest: queues.append(proposals) or original(cell, proposals, *rest))
+    searched()
+    queue = queues[0]
+    assert len(near) == 22 + 3 * 8 and len(queue) == 1 + len(near) + 45
+    assert all(chosen in near for chosen in queue[1:91:2]) and not any(chosen in near for chosen in queue[2:91:2])
+
+
 def test_plain_field():
     """Before anything else each operation alone, after what the descent ended with."""
     cell, _, rows, _, _ = searched(runoff=60, runoff_steps=1, runoff_field='plain')
