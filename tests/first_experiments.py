@@ -53,7 +53,10 @@ def run(options: dict[str, Any], teacher: str, seed: int) -> dict[str, Any]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    lines = ['| experiment | setting | searches | median validation loss | median distance | within 2 % | diverged | steps skipped |', '|---|---|---|---|---|---|---|---|']
+    """won, lost: searches within 2 % where the basic one of the same function and seed is not, and the other way round."""
+    lines = ['| experiment | setting | searches | median validation loss | median distance | within 2 % | won, lost | diverged | steps skipped |',
+             '|---|---|---|---|---|---|---|---|---|']
+    close = {(r['experiment'], r['setting'], r['teacher'], r['seed']): not r['diverged'] and r['distance'] < CLOSE for r in rows}
     for name, settings in EXPERIMENTS.items():
         for setting in settings:
             group = [r for r in rows if (r['experiment'], r['setting']) == (name, setting)]
@@ -61,8 +64,10 @@ def report(rows: list[dict[str, Any]]) -> str:
             if not group:
                 continue
             middle = [statistics.median(r[key] for r in sound) if sound else math.nan for key in ('loss', 'distance')]
-            lines.append(f"| {name} | {setting} | {len(group)} | {middle[0]:.4f} | {100 * middle[1]:.1f} % | "
-                         f"{sum(r['distance'] < CLOSE for r in sound)} | {len(group) - len(sound)} | {sum(r['skipped'] for r in group)} |")
+            here, basic = ([close.get((*line, r['teacher'], r['seed']), False) for r in group] for line in ((name, setting), ('basic search', 'as it is')))
+            won, lost = (sum(a > b for a, b in pairs) for pairs in (zip(here, basic), zip(basic, here)))
+            lines.append(f"| {name} | {setting} | {len(group)} | {middle[0]:.4f} | {100 * middle[1]:.1f} % | {sum(here)} | {won}, {lost} | "
+                         f"{len(group) - len(sound)} | {sum(r['skipped'] for r in group)} |")
     return '\n'.join(lines)
 
 

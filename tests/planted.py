@@ -83,21 +83,25 @@ def at_random(name: str, seed: int, seconds: float) -> dict[str, Any]:
 def report(rows: list[dict[str, Any]]) -> str:
     lines = ['| planted | searches | within 2 % | at the same input scale | median distance | worst | seconds, median and most | '
              'random search within 2 % | at the same input scale |', '|---|---|---|---|---|---|---|---|---|']
-    counts = [(0,) * 6]  # hits, hits at the planted input scale, searches; the same three of random search
     for name in PLANTED:
-        mine, random = ([r for r in rows if r['planted'] == name and r['method'] == m] for m in ('search', 'random'))
+        mine, random = ([r for r in rows if (r['planted'], r['method']) == (name, method)] for method in ('search', 'random'))
         if not mine:
             continue
-        hits, exact, lucky, exactly = (sum(r[measure] < CLOSE for r in some) for some in (mine, random) for measure in ('distance', 'strict'))
-        counts.append((hits, exact, len(mine), lucky, exactly, len(random)))
         seconds, distances = [r['seconds'] for r in mine], [r['distance'] for r in mine]
-        lines.append(f"| {name.replace('|', chr(92) + '|')} | {len(mine)} | {hits} | {exact} | {100 * statistics.median(distances):.2f} % | "
+        cell = name.replace('|', r'\|')  # else a column more
+        lines.append(f"| {cell} | {len(mine)} | {within(mine, 'distance')} | {within(mine, 'strict')} | {100 * statistics.median(distances):.2f} % | "
                      f"{100 * max(distances):.2f} % | {statistics.median(seconds):.0f}, {max(seconds):.0f} | "
-                     f"{lucky} of {len(random)} | {exactly} |")
-    hits, exact, total, lucky, exactly, drawn = map(sum, zip(*counts))
-    return '\n'.join([*lines, '', *(f'{close} of {n} {who} came within 2 %: {100 * close / n:.0f} %; {strict} at the same input scale'
-                                    for close, strict, n, who in ((hits, exact, total, 'searches'), (lucky, exactly, drawn, 'random searches'))
-                                    if n)])
+                     f"{within(random, 'distance')} of {len(random)} | {within(random, 'strict')} |")
+    lines.append('')
+    for method, who in (('search', 'searches'), ('random', 'random searches')):
+        if group := [r for r in rows if r['method'] == method]:
+            close = within(group, 'distance')
+            lines.append(f"{close} of {len(group)} {who} came within 2 %: {100 * close / len(group):.0f} %; {within(group, 'strict')} at the same input scale")
+    return '\n'.join(lines)
+
+
+def within(rows: list[dict[str, Any]], measure: str) -> int:
+    return sum(r[measure] < CLOSE for r in rows)
 
 
 def ledger(description: str, out: str, seeds: str) -> tuple[argparse.Namespace, Path, list[dict[str, Any]]]:

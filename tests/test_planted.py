@@ -1,6 +1,7 @@
 """Does the searcher search? Two planted functions come back; tests/planted.py does it for many, with the statistics."""
 import pytest
 
+import first_experiments
 import planted
 from activation import named
 
@@ -28,3 +29,14 @@ def test_report_counts():
     assert '| SiLU | 3 | 2 | 1 | 1.00 % | 3.00 % | 20, 60 | 0 of 1 | 0 |' in text and '2 of 3 searches came within 2 %: 67 %; 1 at' in text
     assert text.endswith('0 of 1 random searches came within 2 %: 0 %; 0 at the same input scale')
     assert planted.report([{**rows[0], 'planted': '|x|'}]).splitlines()[2].startswith(r'| \|x\| | 1 |')  # else a column too many
+
+
+def test_report_of_the_first_experiments():
+    """Medians over what did not diverge, pairs by function and seed, by hand."""
+    def row(setting, teacher, seed, distance):
+        return {'experiment': 'basic search' if setting == 'as it is' else 'clip bound', 'setting': setting, 'teacher': teacher, 'seed': seed,
+                'loss': 2 * distance, 'distance': distance, 'diverged': distance != distance, 'skipped': 3}
+    rows = [row('as it is', 'a', 0, 0.01), row('as it is', 'a', 1, 0.5), row('as it is', 'b', 0, 0.0), row('as it is', 'b', 1, 0.01),
+            row('2.0', 'b', 1, float('nan')), row('2.0', 'b', 0, 0.4), row('2.0', 'a', 1, 0.0), row('2.0', 'a', 0, 0.01)]
+    lines = first_experiments.report(rows).splitlines()[2:]
+    assert lines == ['| basic search | as it is | 4 | 0.0200 | 1.0 % | 3 | 0, 0 | 0 | 12 |', '| clip bound | 2.0 | 4 | 0.0200 | 1.0 % | 2 | 1, 2 | 1 | 12 |']
