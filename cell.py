@@ -108,6 +108,7 @@ class Cell(nn.Module):
         above 20, which Adam does not bring down again.
         """
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not yet dropped, by choice point
+        self.dropped: list[list[int]] = [[] for _ in self.ops]     # the others, in the order in which they went
         for alpha, scalars, ops in zip(self.alpha, self.scalars, self.ops):
             alpha.normal_(0.0, spread)
             scalars.copy_(torch.tensor([op.scalar for op in ops if op.scalar is not None]))
@@ -240,6 +241,7 @@ class Cell(nn.Module):
         alpha = self.alpha[k].tolist()
         worst = min(self.active[k], key=lambda j: alpha[j])
         self.active[k].remove(worst)
+        self.dropped[k].append(worst)
         return f'{CHOICES[k]}:{self.ops[k][worst].name}'
 
     def expression(self, chosen: Optional[list[int]] = None) -> str:
@@ -287,25 +289,33 @@ class Cell(nn.Module):
             cell[k] = int(torch.randint(len(self.ops[k]), ()))
         return cell
 
+    def preferred(self, k: int) -> list[int]:
+        """All operations of choice point k, those first that the alphas like best: what is left, then what was dropped, the last
+        one first."""
+        alpha = self.alpha[k].tolist()
+        return sorted(self.active[k], key=lambda j: -alpha[j]) + self.dropped[k][::-1]
+
     def plain(self) -> list[list[int]]:
-        """The cells that are one unary operation, U3, the rest being drawn by its weights and of no effect until it is mutated.
-        Empty without right, which lets U3 through."""
+        """The cells that are one unary operation, U3, those that the alphas kept longest first; the rest, of no effect until it
+        is mutated, is what the descent ended with. Empty without right, which lets U3 through."""
         binary = [op.name for op in self.ops[5]]
         if 'right' not in binary:
             return []
-        return [[*self.sample()[:4], j, binary.index('right')] for j in range(len(self.ops[4]))]
+        rest = [self.preferred(k)[0] for k in range(4)]
+        return [[*rest, j, binary.index('right')] for j in self.preferred(4)]
 
     def near(self) -> list[list[int]]:
-        """Simple functions around the standard activation g, which stands at U3, with B1 = right: another U3, or B1(u(x), g(x))
-        with another B1, three times each, and u drawn by the weights of U2. Empty where the cell cannot write them so."""
+        """Simple functions around the standard activation g, which stands at U3: B1(u(x), g(x)) with one of three u of U2 and a B1
+        that is not right, then other U3 alone; those first that the alphas kept longest. Empty where the cell cannot write
+        them so."""
         unary, binary = ([op.name for op in self.ops[k]] for k in (4, 5))
         standard = self.standard.expression.removesuffix('(x)')
         if not {standard, 'identity'} <= set(unary) or not {'left', 'right'} <= set(binary):
             return []
-        same, left, right, u3 = unary.index('identity'), binary.index('left'), binary.index('right'), unary.index(standard)
-        changed = [(j, right) for j in range(len(unary)) if j != u3] + 3 * [(u3, j) for j in range(len(binary)) if j != right]
-        drawn = [self.sample() for _ in changed]
-        return [[same, u1, left, u2, *pair] for (_, u1, _, u2, _, _), pair in zip(drawn, changed)]
+        same, left, right, g = unary.index('identity'), binary.index('left'), binary.index('right'), unary.index(standard)
+        u1, u2 = self.preferred(1)[0], self.preferred(3)
+        joined = [[same, u1, left, u, g, j] for u in u2[:3] for j in self.preferred(5) if j != right]
+        return joined + [[same, u1, left, u2[0], j, right] for j in self.preferred(4) if j != g]
 
     @torch.no_grad()
     def curve(self, points: int = 81, limit: float = 4.0) -> list[float]:
@@ -317,11 +327,11 @@ class Cell(nn.Module):
         """The discrete cell as a module of its own."""
         return Activation(self.expression(), self.clip)
 
-    def get_extra_state(self) -> list[list[int]]:
-        return self.active
+    def get_extra_state(self) -> list[list[list[int]]]:
+        return [self.active, self.dropped]
 
-    def set_extra_state(self, state: list[list[int]]) -> None:
-        self.active = [list(row) for row in state]
+    def set_extra_state(self, state: list[list[list[int]]]) -> None:
+        self.active, self.dropped = ([list(row) for row in rows] for rows in state)
 
 
 class Site(nn.Module):

@@ -139,7 +139,7 @@ class Run:
         cold, field, length = max(config.at(config.warmstart) - step, 0), config.runoff, config.at(config.runoff_steps)
         runoff = 0
         while field:
-            runoff, field, length = runoff + (field + 1) * length, math.ceil(field / 4) if field > 4 else 0, 2 * length
+            runoff, field, length = runoff + (field + (field <= 4)) * length, math.ceil(field / 4) if field > 4 else 0, 2 * length
         return warm * (cold + runoff) + both * (config.steps - max(step, config.at(config.warmstart)))
 
     def progress(self, row: dict[str, Any]) -> None:

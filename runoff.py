@@ -54,9 +54,9 @@ def train(model: nn.Module, batches: list, loss: Callable, config: Training, rat
         optimizer.zero_grad()
 
 
-def evolve(cell: Cell, proposals: list[list[int]], count: int, table: Callable[[list[int]], Optional[Tensor]],
+def evolve(cell: Cell, proposals: list[list[int]], count: int, mutants: float, table: Callable[[list[int]], Optional[Tensor]],
            trial: Callable[[list[int], Tensor], float], apart: float) -> Ranking:
-    """Try `count` cells: the proposals in their order, for the first half of the count at most, then mutations of the best so far.
+    """Try `count` cells: the proposals in their order, but for a share of `mutants` at least: mutations of the best so far.
 
     table: (points,) values of a cell on the grid; None for a cell that is out of question. trial: its loss. apart: cells
     whose values on [-5, 5] differ by less than this share of their norm are one and the same, and not tried again.
@@ -67,7 +67,7 @@ def evolve(cell: Cell, proposals: list[list[int]], count: int, table: Callable[[
     queue, tried = list(proposals), torch.empty(0, len(near), device=cell.grid.device)
     fruitless = 0  # draws in a row that were nothing new: in a small space there may be less than `count` to find
     while len(tried) < count and fruitless < max(count, 100) + len(proposals):
-        if queue and len(tried) < count / 2:
+        if queue and len(tried) < (1 - mutants) * count:
             chosen = queue.pop(0)
         else:
             # the best hundredth, but three at least: enough that not all descend from one
@@ -110,7 +110,7 @@ def refine(model: nn.Module, cell: Cell, proposals: list[list[int]], train_batch
         train(model, batches, loss, config, lambda step: rate)
         return worth(score(model, judge, loss))
 
-    ranking = evolve(cell, [here, *proposals], config.refine, table, trial, 1e-3)
+    ranking = evolve(cell, [here, *proposals], config.refine, 0.5, table, trial, 1e-3)
     model.load_state_dict(kept)
     cell.active = [[j] for j in ranking[0][1]]
     report({'refine': len(ranking), 'formula': cell.activation().formula}, None)
@@ -134,7 +134,7 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
     of twice as many steps, and so on while that leaves two or more. The best one, and how it scored.
 
     All start from the same initial weights and see the same batches: training batches train, validation batches judge. The
-    standard activation runs along in every round, and the result says how it did; it is no candidate, since what is
+    standard activation runs along in the last round, and the result says how it did; it is no candidate, since what is
     wanted is a new function.
     """
     def values_of(activation: Activation) -> Tensor:
@@ -143,8 +143,9 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
     def table(chosen: list[int]) -> Optional[Tensor]:
         activation = Activation(cell.expression(chosen), config.clip)
         values = values_of(activation)
-        # the standard activation, or that with the sign turned, which the next layer would turn back
-        known = min((values - sign * standard_values).norm() for sign in (1, -1)) <= 3e-3 * values.norm()
+        # the standard activation times a number is no new function: the next layer would undo it
+        scale = (values @ standard_values) / (standard_values @ standard_values)
+        known = (values - scale * standard_values).norm() <= 3e-3 * values.norm()
         return None if known or not values.isfinite().all() or not bend(activation) > 0.01 else values
 
     def trained(expression: str, values: Tensor) -> dict[str, float]:
@@ -161,19 +162,18 @@ def runoff(model: nn.Module, cell: Cell, state: dict[str, Any], train_batches: I
     standard_values = values_of(cell.standard)
     while True:
         steps, field, results = state['runoff']['steps'], state['runoff']['field'], {}
-        schedule = dataclasses.replace(config, steps=max(steps, config.runoff_stretch * config.at(config.runoff_steps)))
+        schedule = dataclasses.replace(config, steps=steps)
         report({'runoff': len(field) or config.runoff, 'runoff_steps': steps}, snapshot)
         batches, judge = list(itertools.islice(train_batches, steps)), list(itertools.islice(val_batches, config.runoff_batches))
-        trained(standard, standard_values)
         if field:
             ranking = sorted((worth(trained(word, values_of(Activation(word, config.clip)))), word) for word in field)
         else:
-            cells = evolve(cell, state['proposals'], config.runoff, table,
+            cells = evolve(cell, state['proposals'], config.runoff, config.runoff_mutants, table,
                            lambda chosen, values: worth(trained(cell.expression(chosen), values)), 1e-2)
             ranking = [(value, cell.expression(chosen)) for value, chosen in cells]
         if not ranking:  # nothing but straight lines, as with --ops identity,add: what the descent ended with, then
             return Activation(state['found'][0][1], config.clip), state['found'][0][2]
         best = [expression for _, expression in ranking[:math.ceil(len(ranking) / 4)]]
         if len(best) == 1:
-            return Activation(best[0], config.clip), results[best[0]] | {'standard_loss': worth(results[standard])}
+            return Activation(best[0], config.clip), results[best[0]] | {'standard_loss': worth(trained(standard, standard_values))}
         state['runoff'] = {'field': best, 'steps': 2 * steps}

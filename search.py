@@ -62,11 +62,10 @@ class Config(Training):
     restarts: int = option(1, 'descents from fresh alphas and weights; what they end with meets in the run-off')
     target: float = option(0.0, 'validation loss below which nothing is refined and no restart follows')
     runoff: int = option(24, 'cells trained from scratch, proposals and their mutations, judged on validation; 0: none (paper)')
-    runoff_field: str = option('near', 'tried first: plain, each operation alone; or near, the operations in the place of the standard '
-                                       'activation and joined to it, by turns with what the alphas proposed')
+    runoff_field: str = option('near', 'tried first, after what the descent ended with, in the order of the alphas: plain, each operation '
+                                       'alone; or near, the standard activation joined to another operation')
+    runoff_mutants: float = option(0.5, 'share of the cells that are mutations of the best so far')
     runoff_steps: float = option(0.12, 'steps of the first round; each further one takes a quarter of the field for twice as long')
-    runoff_stretch: int = option(1, "its learning rate is that of a training so many times as long as the first round; 1: each "
-                                    "round comes to its end, which batch norm needs to be judged")
     runoff_batches: int = option(10, 'validation batches that judge a candidate')
     # the log
     checkpoint_every: float = option(60.0, 'seconds between checkpoints')
@@ -81,9 +80,11 @@ class Config(Training):
         within(self, 0, 'runoff', 'seed', 'arch_weight_decay', 'warmstart', 'shrink_from', 'shrink_until', 'arch_lr',
                'runoff_steps', 'checkpoint_every', 'refine', 'target')
         within(self, 20, 'steps')
-        within(self, 1, 'restarts', 'runoff_stretch', 'runoff_batches')
+        within(self, 1, 'restarts', 'runoff_batches')
         if not 0 <= self.start < 1:
             raise ConfigError(f'--start {self.start}: it must be a share, 0 up to below 1')
+        if not 0 <= self.runoff_mutants <= 1:
+            raise ConfigError(f'--runoff-mutants {self.runoff_mutants}: it must be a share, 0 to 1')
         within(self, 1e-3, 'temperature')
         within(self, 64, 'points')
         if self.points > 32768:
@@ -103,11 +104,11 @@ _PAPER = dict(sampler='dirichlet', normalise='none', warm_alphas=True, shrink='l
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'laptop': {
         'resnet20': dict(data='cifar10_16', steps=150, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
-                         weight_decay=5e-4, runoff=32, runoff_steps=0.24, runoff_field='plain'),
+                         weight_decay=5e-4, runoff=16, runoff_steps=0.24, runoff_field='plain'),
         'vit_tiny': dict(data='cifar10_16', steps=60, batch_size=16, lr=5e-4, lr_end=0.1, warmup=0.1,
                          weight_decay=0.05, arch_lr=0.1, temperature=0.3, runoff=12, runoff_steps=0.67, runoff_batches=24),
         'minigpt': dict(data='tinystories_sample', steps=80, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
-                        weight_decay=0.1, arch_lr=0.3, temperature=0.3, runoff=8, runoff_steps=0.8, runoff_stretch=2),
+                        weight_decay=0.1, arch_lr=0.3, temperature=0.3, runoff=4, runoff_mutants=0.0, runoff_steps=200),
         # a descent takes some 5 s, a thousand cells 7; the first descent is mostly enough
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
                     weight_decay=0.0, arch_lr=0.1, warmstart=0.05, shrink_until=0.9, normalise='centre', points=1024,
@@ -195,7 +196,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
     drops, warmstart, discrete = cell.operations() - 6, config.at(config.warmstart), config.at(config.shrink_until)
     # What is neither in a module nor in an optimiser. skipped: steps that were not finite, in all and in a row just now.
     state: dict[str, Any] = {'step': 0, 'restart': 0, 'runoff': None, 'initial': copy.deepcopy(model.state_dict()),
-                             'simple': [], 'proposals': [], 'found': [], 'skipped': 0, 'in_a_row': 0}
+                             'proposals': [], 'found': [], 'skipped': 0, 'in_a_row': 0}
     # What a forward pass changes besides: running statistics of batch norm, and the cell's histograms of inputs.
     running = [b for b in [*model.buffers(), cell.seen] if b.is_floating_point()]
     holders = {'model': model, 'cell': cell, 'train_batches': train_batches, 'val_batches': val_batches,
@@ -271,9 +272,7 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
             # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
             while drops + 6 - cell.operations() < drops_due(step + 1, config, drops):
                 row.setdefault('dropped', []).append(cell.drop())
-            # Cells to try afterwards: simple ones, and what the alphas say, some 200 times on the way.
-            if config.runoff and step == warmstart:
-                state['simple'] = cell.plain() if config.runoff_field == 'plain' else cell.near()
+            # Cells to try afterwards: what the alphas say, some 200 times on the way.
             often = max(1, (discrete - warmstart) // 200)
             if (config.refine or config.runoff) and warmstart <= step < discrete and step % often == 0:
                 state['proposals'].append(cell.sample())
@@ -307,11 +306,10 @@ def search(model: nn.Module, train_batches: Iterator, val_batches: Iterator, los
         _, expression, result, _ = min(state['found'], key=lambda entry: entry[0])
         return Activation(expression, config.clip), result
     if state['runoff'] is None:
-        # Where the descents ended, the last one first; then all plain operations, or, by turns, a cell near the standard one and a
-        # proposal.
-        simple, proposed = ([cells[int(k)] for k in torch.randperm(len(cells))] for cells in (state['simple'], state['proposals']))
-        turns = [[*simple, *proposed]] if config.runoff_field == 'plain' else itertools.zip_longest(simple, proposed)
-        state['proposals'] = [*(end for *_, end in reversed(state['found'])), *(chosen for turn in turns for chosen in turn if chosen)]
+        # Where the descents ended, the last one first; then simple cells in the order of the alphas; then samples of the alphas.
+        simple = cell.plain() if config.runoff_field == 'plain' else cell.near()
+        samples = [state['proposals'][int(k)] for k in torch.randperm(len(state['proposals']))]
+        state['proposals'] = [*(end for *_, end in reversed(state['found'])), *simple, *samples]
         state['runoff'] = {'field': [], 'steps': max(2, config.at(config.runoff_steps))}
     return runoff(model, cell, state, train_batches, val_batches, loss, config, report, snapshot)
 

@@ -290,23 +290,50 @@ def test_start_at_the_standard_activation():
     assert all(w.max().item() == pytest.approx(w.min().item()) for w in cell.weights())
 
 
+def descended(standard: str) -> Cell:
+    """A cell whose descent is over, with random alphas."""
+    torch.manual_seed(0)
+    cell = Cell(standard=standard)
+    cell.reset(1.0)
+    while cell.operations() > 6:
+        cell.drop()
+    return cell
+
+
+def test_the_preferred_operations_are_those_kept_longest():
+    cell = descended('gelu')
+    for k in range(6):
+        by_alpha = cell.alpha[k].sort(descending=True).indices.tolist()
+        assert cell.preferred(k) == by_alpha  # alphas stood still, so what is dropped first has the lowest
+    other = Cell()
+    other.load_state_dict(cell.state_dict())
+    assert other.preferred(3) == cell.preferred(3)
+    cell.reset(0.0)
+    assert cell.preferred(3) == list(range(23)) and not any(cell.dropped)
+
+
 def test_plain_cells():
-    """Each unary operation alone, once, by U3."""
-    cell = Cell()
+    """Each unary operation alone, once, by U3; those first that were kept longest."""
+    cell = descended('relu')
     plain = cell.plain()
-    assert [chosen[4] for chosen in plain] == list(range(23)) and len({tuple(chosen[:4]) for chosen in plain}) > 20
+    assert [chosen[4] for chosen in plain] == cell.preferred(4) and len(plain) == 23
     assert {'x', 'tanh(x)', 'abs(x)', 'scale(x, 1)'} <= {cell.expression(chosen) for chosen in plain}
     assert Cell('relu,tanh,add').plain() == []
 
 
 def test_cells_near_the_standard_activation():
-    """Another operation in its place, or one that is joined to it; none that is the standard activation itself."""
-    torch.manual_seed(0)
-    cell = Cell(standard='gelu')
-    near = [cell.expression(chosen) for chosen in cell.near()]
-    assert len(near) == 22 + 3 * 8 and {'relu(x)', 'silu(x)', 'x'} <= set(near[:22]) and 'gelu(x)' not in near[:22]
-    assert all('gelu(x)' in expression for expression in near[22:] if expression.startswith(('mul', 'add', 'max', 'gate')))
-    assert len(set(near[22:])) > 15 and Cell('relu,tanh,add', standard='relu').near() == []
+    """What is joined to it, then others in its place, those first that were kept longest; none that is the standard activation
+    itself."""
+    cell = descended('gelu')
+    near = cell.near()
+    joined, others = near[:24], near[24:]
+    words = [cell.expression(chosen) for chosen in near]
+    assert len(set(words)) > 40 and 'gelu(x)' not in words[24:] and {'relu(x)', 'silu(x)', 'x'} <= set(words[24:])
+    assert [chosen[3] for chosen in joined] == [u for u in cell.preferred(3)[:3] for _ in range(8)]
+    assert [chosen[5] for chosen in joined[:8]] == [j for j in cell.preferred(5) if cell.ops[5][j].name != 'right']
+    assert all('gelu(x)' in cell.expression(chosen) for chosen in joined if cell.ops[5][chosen[5]].name in ('mul', 'add', 'max', 'gate'))
+    assert [chosen[4] for chosen in others] == [j for j in cell.preferred(4) if cell.ops[4][j].name != 'gelu']
+    assert Cell('relu,tanh,add', standard='relu').near() == []
 
 
 def test_mutations_stay_close():

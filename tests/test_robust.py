@@ -50,7 +50,7 @@ def refused(program: str, arguments: list[str], capsys, code: int = 2) -> str:
 NUMBERS = {
     'search': 'steps batch-size accumulate context points seed runoff lr lr-end warmup weight-decay dropout grad-clip arch-lr '
               'arch-weight-decay warmstart shrink-from shrink-until clip runoff-steps checkpoint-every drops temperature start '
-              'refine restarts target runoff-stretch runoff-batches',
+              'refine restarts target runoff-mutants runoff-batches',
     'evaluate': 'steps batch-size accumulate context lr lr-end warmup weight-decay dropout grad-clip drops random seeds'}
 
 
