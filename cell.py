@@ -9,6 +9,7 @@ It is evaluated on a grid of a few thousand points only, and what the network ne
 `Cell.draw`.
 """
 import dataclasses
+import itertools
 import math
 from typing import Any, Optional
 
@@ -306,15 +307,16 @@ class Cell(nn.Module):
 
     def near(self) -> list[list[int]]:
         """Simple functions around the standard activation g, which stands at U3: B1(u(x), g(x)) with one of three u of U2 and a B1
-        that is not right, then other U3 alone; those first that the alphas kept longest. Empty where the cell cannot write
-        them so."""
+        that joins, then other U3 alone; those first that the alphas kept longest (u and B1: the sum of both places counts).
+        Empty where the cell cannot write them so."""
         unary, binary = ([op.name for op in self.ops[k]] for k in (4, 5))
         standard = self.standard.expression.removesuffix('(x)')
         if not {standard, 'identity'} <= set(unary) or not {'left', 'right'} <= set(binary):
             return []
         same, left, right, g = unary.index('identity'), binary.index('left'), binary.index('right'), unary.index(standard)
-        u1, u2 = self.preferred(1)[0], self.preferred(3)
-        joined = [[same, u1, left, u, g, j] for u in u2[:3] for j in self.preferred(5) if j != right]
+        u1, u2, b1 = self.preferred(1)[0], self.preferred(3), [j for j in self.preferred(5) if j not in (left, right)]
+        pairs = sorted(itertools.product(range(min(3, len(u2))), range(len(b1))), key=sum)
+        joined = [[same, u1, left, u2[u], g, b1[b]] for u, b in pairs]
         return joined + [[same, u1, left, u2[0], j, right] for j in self.preferred(4) if j != g]
 
     @torch.no_grad()

@@ -161,7 +161,7 @@ def test_what_is_tried_first(monkeypatch):
     monkeypatch.setattr(runoff, 'evolve', lambda cell, proposals, *rest: queues.append(proposals) or original(cell, proposals, *rest))
     cell, *_ = searched()
     queue = queues[0]
-    assert len(near) == 22 + 3 * 8 and len(queue) == 1 + len(near) + 45
+    assert len(near) == 22 + 3 * 7 and len(queue) == 1 + len(near) + 45
     assert queue[0] == [cell.preferred(k)[0] for k in range(6)] and queue[1:len(near) + 1] == near
 
 
