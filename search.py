@@ -104,7 +104,7 @@ _PAPER = dict(sampler='dirichlet', normalise='none', warm_alphas=True, shrink='l
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'laptop': {
         'resnet20': dict(data='cifar10_16', steps=150, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.1, warmup=0.05,
-                         weight_decay=5e-4, runoff=16, runoff_steps=0.24, runoff_field='plain'),
+                         weight_decay=5e-4, runoff=16, runoff_steps=0.32, runoff_field='plain'),
         'vit_tiny': dict(data='cifar10_16', steps=60, batch_size=16, lr=5e-4, lr_end=0.1, warmup=0.1,
                          weight_decay=0.05, arch_lr=0.1, temperature=0.3, runoff=4, runoff_mutants=0.0, runoff_steps=160, runoff_batches=24),
         'minigpt': dict(data='tinystories_sample', steps=80, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
