@@ -314,7 +314,8 @@ class Cell(nn.Module):
         if not {standard, 'identity'} <= set(unary) or not {'left', 'right'} <= set(binary):
             return []
         same, left, right, g = unary.index('identity'), binary.index('left'), binary.index('right'), unary.index(standard)
-        u1, u2, b1 = self.preferred(1)[0], self.preferred(3), [j for j in self.preferred(5) if j not in (left, right)]
+        b1 = [j for j in self.preferred(5) if j not in (left, right)]
+        u1, u2 = self.preferred(1)[0], [j for j in self.preferred(3) if self.ops[3][j].name != 'const']  # joins nothing
         pairs = sorted(itertools.product(range(min(3, len(u2))), range(len(b1))), key=sum)
         joined = [[same, u1, left, u2[u], g, b1[b]] for u, b in pairs]
         return joined + [[same, u1, left, u2[0], j, right] for j in self.preferred(4) if j != g]

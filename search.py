@@ -108,7 +108,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         'vit_tiny': dict(data='cifar10_16', steps=60, batch_size=16, lr=5e-4, lr_end=0.1, warmup=0.1,
                          weight_decay=0.05, arch_lr=0.1, temperature=0.3, runoff=4, runoff_mutants=0.0, runoff_steps=160, runoff_batches=24),
         'minigpt': dict(data='tinystories_sample', steps=80, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
-                        weight_decay=0.1, arch_lr=0.3, temperature=0.3, runoff=4, runoff_mutants=0.0, runoff_steps=200),
+                        weight_decay=0.1, arch_lr=0.3, temperature=0.3, runoff=2, runoff_mutants=0.0, runoff_steps=360),
         # a descent takes some 5 s, a thousand cells 7; the first descent is mostly enough
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
                     weight_decay=0.0, arch_lr=0.1, warmstart=0.05, shrink_until=0.9, normalise='centre', points=1024,

@@ -329,7 +329,8 @@ def test_cells_near_the_standard_activation():
     joined, others = near[:21], near[21:]
     words = [cell.expression(chosen) for chosen in near]
     assert len(set(words)) > 37 and 'gelu(x)' not in words[21:] and {'relu(x)', 'silu(x)', 'x'} <= set(words[21:])
-    (u, v, w), b1 = cell.preferred(3)[:3], [j for j in cell.preferred(5) if cell.ops[5][j].name not in ('left', 'right')]
+    u, v, w = [j for j in cell.preferred(3) if cell.ops[3][j].name != 'const'][:3]
+    b1 = [j for j in cell.preferred(5) if cell.ops[5][j].name not in ('left', 'right')]
     assert [(chosen[3], chosen[5]) for chosen in joined[:6]] == [(u, b1[0]), (u, b1[1]), (v, b1[0]), (u, b1[2]), (v, b1[1]), (w, b1[0])]
     assert len({(chosen[3], chosen[5]) for chosen in joined}) == 21
     assert all('gelu(x)' in cell.expression(chosen) for chosen in joined if cell.ops[5][chosen[5]].name in ('mul', 'add', 'max', 'gate'))
