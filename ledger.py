@@ -193,7 +193,7 @@ def together(rows: list[dict[str, Any]], against: str, metric: str) -> str:
     best of the named functions, and the best of the random cells. '' for less than two functions.
 
     Two intervals, since there are two sources of chance: over searches (each with its mean over training seeds), and over training
-    seeds (each with its mean over searches). Where all searches find one function the first is empty of meaning. Runs that
+    seeds (each with its mean over searches). Where all searches find one function there is no first. Runs that
     diverged are left out, and counted.
     """
     higher, key = metric == 'accuracy', f'test_{metric}'
@@ -225,8 +225,10 @@ def together(rows: list[dict[str, Any]], against: str, metric: str) -> str:
             continue
         a, b = (compare(differences, dict.fromkeys(differences, 0.0), higher) for differences in (by_search, by_seed))
         seeds = f'{b.mean - b.half:+.4f} to {b.mean + b.half:+.4f}' if b.n > 1 else 'unknown (one seed)'
+        one = len(paired) > 1 and len(set(by_search.values())) == 1
+        searches = 'none (all found one function)' if one else f'{a.mean - a.half:+.4f} to {a.mean + a.half:+.4f}'
         lines.append(f'- minus {best}, {kind}: {a.mean:+.4f}; {a.wins} of {a.n} better on average; 95 % interval over searches '
-                     f'{a.mean - a.half:+.4f} to {a.mean + a.half:+.4f}, over training seeds {seeds}')
+                     f'{searches}, over training seeds {seeds}')
     return '\n'.join(lines)
 
 

@@ -73,6 +73,9 @@ def test_searches_taken_together():
     assert 'minus gelu' in best and '+0.1500' in best and '0 of 2' in best
     assert 'minus random_0' in random and '2 of 2' in random
     assert together([row for row in ledger if row['name'] != 'b'], 'relu', 'loss') == ''
+    # One function under two names: chance between searches is not seen.
+    same = [row | {'name': name} for row in ledger for name in ([row['name']] if row['name'] != 'a' else ['a', 'b']) if row['name'] != 'b']
+    assert '-0.1500; 2 of 2 better on average; 95 % interval over searches none (all found one function)' in together(same, 'relu', 'loss')
     # A diverged run counts as such and in no mean; a function that diverged on all seeds has none.
     worse = [*ledger, *rows('d', 'toy/cifar10_16', None, 1.3), *rows('e', 'toy/cifar10_16', None)]
     head, reference, *_ = together(worse, 'relu', 'loss').splitlines()
