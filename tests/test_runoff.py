@@ -1,5 +1,6 @@
 """After the descent: proposals and their mutations, tried on trained weights or from scratch."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,11 +112,20 @@ def same_state(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+def count_mutations(monkeypatch):
+    """A list that grows with every mutation."""
+    drawn, original = [], Cell.mutated
+    monkeypatch.setattr(Cell, 'mutated', lambda cell, chosen: drawn.append(chosen) or original(cell, chosen))
+    return drawn
+
+
 @pytest.mark.parametrize('mutants', [0.0, 0.5, 1.0])
 def test_rounds(mutants, monkeypatch):
-    """Everything starts from the same weights; eight cells for 3 steps, the best two and the standard activation for 6, the
-    learning rate of each round coming to its end."""
+    """Everything starts from the same weights; eight cells for 3 steps, of which a share of `mutants` are mutations, the best
+    two and the standard activation for 6, the learning rate of each round coming to its end."""
+    drawn = count_mutations(monkeypatch)
     cell, _, rows, calls, config = searched(monkeypatch, runoff_mutants=mutants)
+    assert len(drawn) >= 8 * mutants and bool(drawn) == bool(mutants)
     assert all(same_state(calls[0][0], call[0]) for call in calls)
     assert [call[1] for call in calls] == 8 * [3] + 3 * [6]
     for _, steps, rates in calls:
@@ -125,6 +135,14 @@ def test_rounds(mutants, monkeypatch):
     first, second = candidates[:8], candidates[8:]
     ranked = sorted(first, key=lambda row: row['loss'])
     assert [row['candidate'] for row in second] == [*(row['candidate'] for row in ranked[:2]), cell.standard.expression]
+
+
+@pytest.mark.parametrize('count', [2, 4, 8, 20])
+def test_the_time_left_counts_every_round(count, monkeypatch):
+    """With a second a weight step, what is left after the descent is as many seconds as the run-off then takes steps."""
+    *_, calls, config = searched(monkeypatch, runoff=count)
+    run = SimpleNamespace(config=config, pace={True: 1.0, False: 1.0})
+    assert script.Run.left(run, config.steps) == sum(steps for _, steps, _ in calls)
 
 
 def test_what_is_no_candidate():
@@ -184,9 +202,11 @@ def test_all_descents_meet_in_the_runoff(monkeypatch):
 
 def test_refine_compares_like_with_like(monkeypatch):
     """All trials from the weights of the descent, for ten steps at one rate; the cell that is kept is the best of them."""
-    rankings, original = [], runoff.evolve
-    monkeypatch.setattr(runoff, 'evolve', lambda *arguments: rankings.append(original(*arguments)) or rankings[-1])
+    rankings, shares, original = [], [], runoff.evolve
+    monkeypatch.setattr(runoff, 'evolve', lambda cell, proposals, count, mutants, *rest: shares.append(mutants) or rankings.append(
+        original(cell, proposals, count, mutants, *rest)) or rankings[-1])
     cell, (found, _), rows, calls, config = searched(monkeypatch, 'relu,tanh,square,abs,silu,add,mul,max,left,right', runoff=0, refine=40)
+    assert shares == [0.5]  # of mutations
     (best, winner), (second, _) = rankings[0][:2]
     assert best < second and found.expression == cell.expression(winner)
     assert len(calls) == 40 and all(same_state(calls[0][0], call[0]) for call in calls)
