@@ -1,4 +1,4 @@
-"""data.download against a server on loopback: good files, and all that goes wrong on the way."""
+"""download.download against a server on loopback: good files, and all that goes wrong on the way."""
 import gzip
 import hashlib
 import http.server
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import data
-from data import DataError, download, load
+from data import load
+from download import DataError, download
 from test_data import ROOT, archive_of, check_cifar10, cifar10_files
 
 CONTENT = bytes(range(256)) * 24_000  # 6 MB: half of it is more than a chunk of the download
@@ -114,7 +115,7 @@ def test_download_without_network(tmp_path, monkeypatch):
 
 
 def child(address: str, path: Path) -> subprocess.Popen:
-    code = f'import data, pathlib; data.download({address!r}, pathlib.Path({str(path)!r}), {MD5!r})'
+    code = f'import download, pathlib; download.download({address!r}, pathlib.Path({str(path)!r}), {MD5!r})'
     return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import data
+import download
 import evaluate
 import search
 
@@ -341,7 +342,7 @@ def test_hostile_archive(members, no_training, tmp_path, monkeypatch, capsys):
     (tmp_path / 'secret').write_bytes(cifar())
     archive(*members)(tmp_path)
     path = tmp_path / 'd' / 'cifar-10-binary.tar.gz'
-    monkeypatch.setitem(data.SOURCES, 'cifar10', [(data.SOURCES['cifar10'][0][0], data.md5_of(path))])
+    monkeypatch.setitem(data.SOURCES, 'cifar10', [(data.SOURCES['cifar10'][0][0], download.md5_of(path))])
     before = files(tmp_path)
     assert 'cifar-10-binary.tar.gz is damaged' in refused('search', CIFAR, capsys)
     assert files(tmp_path) == before and not Path('/tmp/pwned-by-tar').exists()
