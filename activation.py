@@ -1,341 +1,300 @@
-"""An activation function as text: parsed, printed, evaluated, compared. It is what a search finds.
+"""An activation function as text, `mul(sigmoid(x), scale(x, 0.5))`: parsed, evaluated, shortened, exported.
 
-    f = Activation('mul(sigmoid(gelu(x)), elu(x))')      a module; its learned scalars are parameters
-    f.expression, f.formula                              the text again, and mathematics
-    named('gelu'), named('relu2'), named('grafs_vit')    known functions
-
-A result is text, `mul(sigmoid(x), scale(x, 0.5))`: parsed here, never by eval, never pickled, and printed without loss.
-This room split off from ops.py, which had become two things: the operations, and what is built from them.
+A tree is 'x' or a Node: an operation, its inputs (trees) and the value of its scalar.
 """
-import json
-import math
+import ast
+import dataclasses
+import functools
 import re
-from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+import warnings
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from expression import ExpressionError, Tree, parse, with_values, write
-from ops import CLIP, Op, arity, nearest
-from simplify import can_clip, shortest, sigmoid
+from ops import ALL, CLIP, SETS, Op, arity, check_choice
+
+# A cell is data: (choice, its inputs) in order of evaluation. U: unary, B: binary; the last is the output.
+CELL = (('U0', 'x'), ('U1', 'x'), ('B0', 'U0', 'U1'), ('U2', 'B0'), ('U3', 'x'), ('B1', 'U2', 'U3'),
+        ('U4', 'B1'), ('U5', 'x'), ('B2', 'U4', 'U5'))
+SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {'core': CELL[:3], 'paper': CELL[:6], 'deep': CELL}
+NUMBER = re.compile(r'-?\d{1,29}(\.\d+)?(e-\d+|e\+[12]\d)?')  # below 1e30, as Python prints it
+Clip = Optional[float]  # the paper's l; None: no bound
+Tree = Union['Node', str]
+
+
+class Node(NamedTuple):
+    op: Op
+    inputs: tuple
+    scalar: Optional[float] = None
+
+
+def node(op: Op, inputs: Sequence[Tree], scalar: Optional[float] = None) -> Tree:
+    """The Node; for identity, left and right the input itself. scalar: None for the initial value."""
+    if op.code in ('a', 'b'):  # the operation only hands an input on
+        return inputs[op.code == 'b']
+    scalar = op.scalar if scalar is None or op.scalar is None else scalar
+    return Node(op, () if op.name == 'const' else tuple(inputs), scalar)
+
+
+def cell_tree(shape: str, ops: Sequence[Op], scalars: Optional[Sequence[Optional[float]]] = None) -> Tree:
+    """The cell of a shape in SHAPES with one operation, and one scalar or None, a choice point."""
+    trees: dict[str, Tree] = {'x': 'x'}
+    for (name, *inputs), op, scalar in zip(SHAPES[shape], ops, scalars or [None] * len(ops)):
+        trees[name] = node(op, [trees[key] for key in inputs], scalar)
+    return trees[name]
+
+
+def fold(tree: Tree, x: Any, make: Callable[[Node, list], Any]) -> Any:
+    """From the inside out: make(node, what was made of its inputs), and x for 'x'."""
+    return x if tree == 'x' else make(tree, [fold(part, x, make) for part in tree.inputs])
+
+
+def parts(tree: Tree) -> list[Tree]:
+    """All parts of the tree, itself last, in the order in which their scalars stand in the text."""
+    return fold(tree, ['x'], lambda node, inputs: sum(inputs, []) + [node]) if tree != 'x' else ['x']
+
+
+def length(tree: Tree) -> int:
+    """How many operations and x's: 1 for 'x', 4 for 'mul(sigmoid(x), x)'."""
+    return fold(tree, 1, lambda node, lengths: 1 + sum(lengths))
+
+
+def write(tree: Tree, digits: int = 9) -> str:
+    """The expression as text; 9 digits hold a float32 without loss, 17 a float64."""
+    def word(node: Node, words: list) -> str:
+        scalar = [] if node.scalar is None else [f'{node.scalar:.{digits}g}']
+        return f"{node.op.name}({', '.join(words + scalar)})"
+    return fold(tree, 'x', word)
+
+
+def parse(text: str) -> Tree:
+    """The tree of an expression; a scalar that is not written takes its initial value. Python's grammar reads
+    the text and nothing is evaluated. Raises ValueError, one line, for any text that is no expression."""
+    def tree(part: ast.expr) -> Tree:
+        if isinstance(part, ast.Name) and part.id == 'x':
+            return 'x'
+        if not (isinstance(part, ast.Call) and isinstance(part.func, ast.Name)):
+            raise ValueError(f'expected x or an operation with brackets at character {part.col_offset + 1}')
+        check_choice('operation', part.func.id, ALL)
+        op, n = ALL[part.func.id], arity(ALL[part.func.id])
+        scalars = [ast.unparse(given) for given in part.args[n:]]
+        if not (n <= len(part.args) <= n + (op.scalar is not None) and all(map(NUMBER.fullmatch, scalars))):
+            raise ValueError(f"{op.name} is written {write(Node(op, ('x',) * n, op.scalar))}, below 1e30")
+        return node(op, [tree(given) for given in part.args[:n]], *map(float, scalars))
+    text = ' '.join(text.split())
+    try:
+        if not re.fullmatch(r'[\w (),.+-]{1,10000}', text, re.ASCII) or text.count('(') > 60:  # a cell has 9
+            raise ValueError('at most 10,000 letters, digits and _ (),.+- and 60 operations are allowed')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # '1if x' is a SyntaxWarning
+            return tree(ast.parse(text, mode='eval').body)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        why = f'{error.msg} at character {error.offset}' if isinstance(error, SyntaxError) else error
+        raise ValueError(f'cannot read {text[:40]!a}: {why}; write as in mul(x, scale(x, 0.5))') from None
+
+
+def evaluate(tree: Tree, x: Tensor, clip: Clip = CLIP, scalars: Optional[Iterator[Tensor]] = None) -> Tensor:
+    """The tree at x, in x's shape and type. scalars: in the order of the text; None: the values in it."""
+    def value(node: Node, inputs: list) -> Tensor:
+        p = None if node.scalar is None else next(scalars).to(x) if scalars else x.new_tensor(node.scalar)
+        return node.op(*inputs or [x], p=p, clip=clip)  # x gives a constant its shape
+    return fold(tree, x, value)
+
+
+def fill(source: str, **names: str) -> str:
+    """The Python expression with others in place of its names; ast writes exactly the brackets needed."""
+    class Filling(ast.NodeTransformer):
+        def visit_Name(self, name: ast.Name) -> ast.expr:
+            return ast.parse(names[name.id], mode='eval').body if name.id in names else name
+    return ast.unparse(Filling().visit(ast.parse(source, mode='eval')))
+
+
+def formula(tree: Tree, clip: Clip) -> str:
+    """Ordinary notation, scalars to 3 digits. clip(y) is max(-l, min(l, y)), only where it can act."""
+    def text(node: Node, words: list) -> str:
+        source, p = node.op.formula, node.scalar
+        if node.op.name == 'mix':  # its two weights, not the gamma that makes them
+            p = torch.tensor(p).sigmoid().item()
+            source = f'p * a + {1 - p:.3g} * b'
+        source = fill(source, **dict(zip('ab', words)), p=f'{p or 0:.3g}')
+        free = node._replace(op=dataclasses.replace(node.op, clips=False))
+        acts = node.op.clips and clip and evaluate(free, POINTS, clip).abs().max() > clip * (1 + 1e-9)
+        return f'clip({source})' if acts else source
+    result = fold(tree, 'x', text).replace(' ** ', '^').replace('--', '')
+    return result.replace(' - -', ' + ').replace(' + -', ' - ')
+
+
+def latex(tree: Tree, clip: Clip) -> Optional[str]:
+    """The formula for LaTeX's mathematics mode (amsmath); None without sympy, which torch brings."""
+    try:
+        import sympy
+    except ImportError:
+        return None
+    text = formula(tree, clip).replace('^', '**').replace('_', '')
+    own = {name: sympy.Function(name) for name in ('max', 'min')}  # Python's own would compare
+    return sympy.latex(sympy.sympify(text, own, evaluate=False))
+
+
+# Two functions are equal when their values are. POINTS: dense around -1, 0, 1; PROBES: to find candidates.
+POINTS = torch.cat([c + s * 10 ** torch.linspace(-12, 4, 273).double() for c in (-1, 0, 1) for s in (-1, 1)])
+PROBES = torch.linspace(-4.13, 4.17, 48).double()
+BASE = tuple(op for ops in SETS['base'] for op in ops if op.scalar is None and op.code not in ('a', 'b'))
+
+
+@functools.lru_cache(64)
+def combined(trees: tuple[Tree, ...], ops: tuple[Op, ...], clip: Clip) -> tuple[list[Tree], Tensor]:
+    """Those trees, every unary operation on one and binary one on two, and their (trees, probes) directions:
+    values without the mean, at length 1, which are the same for functions equal up to scale and shift."""
+    unary, binary = ([op for op in ops if arity(op) == n] for n in (1, 2))
+    y = torch.stack([evaluate(tree, PROBES, clip) for tree in trees])
+    y = torch.cat([y, *(op(y, clip=clip) for op in unary),
+                   *(op(y[:, None], y, clip=clip).flatten(0, 1) for op in binary)])
+    made = [*trees, *(Node(op, (a,)) for op in unary for a in trees),
+            *(Node(op, (a, b)) for op in binary for a in trees for b in trees)]
+    return made, nn.functional.normalize(y - y.mean(1, keepdim=True), eps=1e-9).nan_to_num(0.0, 0.0, 0.0)
+
+
+@functools.lru_cache(100_000)
+def shorten(tree: Tree, clip: Clip) -> Tree:
+    """The shortest tree known for the same function, up to 1e-7 of its value. From the inside out, each part
+    becomes a constant, one of 3,000 short functions of x, one of its own parts or one operation on those."""
+    if length(tree) == 1:
+        return tree
+    v, single = evaluate(tree, POINTS, clip), evaluate(tree, POINTS.float(), clip)
+    def fitted(candidate: Tree) -> Tree:
+        """The candidate scaled and shifted to the tree's values, if then equal and shorter; or the tree."""
+        y = evaluate(candidate, POINTS, clip)
+        low, high = y.abs().argmin(), y.abs().argmax()
+        p = (v[high] - v[low]) / (y[high] - y[low])
+        p, q = p.float().item(), (v[low] - p * y[low]).float().item()  # float32, as parameters are
+        if abs(p - 1) > 1e-6:
+            candidate = Node(ALL['neg'], (candidate,)) if p == -1 else Node(ALL['scale'], (candidate,), p)
+        candidate = Node(ALL['bias'], (candidate,), q) if abs(q) > 1e-6 else candidate
+        same = ((evaluate(candidate, POINTS, clip) - v).abs() <= 1e-7 * v.abs() + 1e-10).all()
+        same = same and (evaluate(candidate, POINTS.float(), clip).isfinite() | ~single.isfinite()).all()
+        return candidate if same and length(candidate) < length(tree) else tree
+    best = fitted(tree._replace(inputs=tuple(shorten(part, clip) for part in tree.inputs)))
+    used = [part.op for part in parts(tree) if part != 'x' and part.scalar is None]
+    own = combined((tree, *dict.fromkeys(parts(best)[:-1])), tuple(dict.fromkeys([*BASE, *used])), clip)
+    known = combined(('x', *(Node(op, ('x',)) for op in BASE if arity(op) == 1)), BASE, clip)
+    candidates = [Node(ALL['const'], (), single[0].item() + 0.0)]  # not -0
+    for trees, rows in (known, own):
+        candidates += [trees[k] for k in ((rows @ own[1][0]).abs() > 1 - 1e-9).nonzero().flatten().tolist()]
+    for candidate in sorted(candidates, key=length):
+        best = min(best, fitted(candidate), key=length) if length(candidate) < length(best) else best
+    return best
 
 
 class Activation(nn.Module):
-    """A discrete activation function: an expression with its learnable scalars as parameters.
+    """A function; its scalars are parameters. Activation(f.expression, f.clip) is the same, bit for bit."""
+    expression = property(lambda self: write(self.valued))
+    formula = property(lambda self: formula(self.valued, self.clip))
+    latex = property(lambda self: latex(self.valued, self.clip))
+    extra_repr = expression.fget
 
-    >>> f = Activation('mul(sigmoid(gelu(x)), elu(x))')
-    >>> f.formula
-    'clip(sigmoid(gelu(x)) * elu(x))'
-    >>> f(torch.zeros(1))               # sigmoid(0) * 0
-    tensor([0.])
-    >>> Activation('sub(add(x, x), neg(max(x, const(0))))').simplified().formula
-    '2 * x + relu(x)'
-
-    expression: see `parse`. clip: the paper's l, the bound on outputs of operations that grow faster than linearly;
-    None for none. Takes and returns any shape. Raises ExpressionError for a text that is no expression.
-    """
-
-    def __init__(self, expression: str, clip: Optional[float] = CLIP):
+    def __init__(self, expression: Tree, clip: Clip = CLIP):
         super().__init__()
-        self.tree, values = parse(expression)
-        self.scalars = nn.ParameterList([nn.Parameter(torch.tensor(value)) for value in values])
-        self.clip = clip
+        self.tree, self.clip = parse(expression) if isinstance(expression, str) else expression, clip
+        values = [part.scalar for part in parts(self.tree) if part != 'x' and part.scalar is not None]
+        self.scalars = nn.ParameterList([nn.Parameter(torch.tensor(float(value))) for value in values])
+        # subtle: the result may be changed in place, but tanh needs it for its gradient, and x is not ours
+        y = evaluate(self.tree, torch.ones(1, requires_grad=True), clip)
+        self.copies = y.is_leaf or hasattr(y.grad_fn, '_saved_result')
 
     def forward(self, x: Tensor) -> Tensor:
-        # half precision in, half precision out, but float32 inside: exp overflows float16 from 11.1 on
-        inside = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return self.value(self.tree, inside).to(x.dtype)
-
-    def value(self, tree: Tree, x: Tensor) -> Tensor:
-        """Of a part of the tree. subtle: a method, because a nested function that calls itself is a reference cycle,
-        which would keep every x alive until the garbage collector comes by: half as much memory again in training."""
-        if tree == 'x':
-            return x
-        # a constant has no input of its own; x gives it its shape
-        inputs = [self.value(node, x) for node in tree.inputs] or [x]
-        scalar = None if tree.scalar is None else self.scalars[tree.scalar].to(x.dtype)
-        return tree.op(*inputs, scalar=scalar, clip=self.clip)
+        inside = x if x.dtype in (torch.float32, torch.float64) else x.float()  # exp(12) overflows float16
+        y = evaluate(self.tree, inside, self.clip, iter(self.scalars))
+        return (y.clone() if self.copies else y).to(x.dtype if x.is_floating_point() else y.dtype)
 
     @property
     def valued(self) -> Tree:
-        """The tree with the current values of the scalars in it."""
-        return with_values(self.tree, [scalar.item() for scalar in self.scalars])
+        """The tree with the current values of the scalars."""
+        p = (scalar.item() for scalar in self.scalars)
+        return fold(self.tree, 'x', lambda n, y: Node(n.op, tuple(y), None if n.scalar is None else next(p)))
 
-    @property
-    def expression(self) -> str:
-        """The expression with the current scalars. `Activation(f.expression, f.clip)` is the same function, exactly."""
-        return write(self.valued, digits=9)
-
-    @property
-    def formula(self) -> str:
-        """Ordinary notation, scalars to 3 digits; clip(y) stands for max(-l, min(l, y)), written only where it can act."""
-        return mathematics(self.valued, self.clip)
-
-    @property
-    def latex(self) -> str:
-        """The formula for LaTeX's mathematics mode; needs amsmath for \\operatorname."""
-        return mathematics(self.valued, self.clip, latex=True)
-
-    def simplified(self) -> 'Activation':
-        """The shortest equal function that the rules of `rewritten` find. Scalars that meet are merged into one, and a
-        rule may bring in a scalar that was none, x + x = 2 * x: it is learnable like any other."""
-        tree = shortest(self.valued, self.clip)
-        try:
-            found = Activation(write(tree), self.clip)
-        except ExpressionError:  # merged scalars beyond 1e30
-            return Activation(self.expression, self.clip)
-        if len(self.scalars):
-            found.to(self.scalars[0])
-        for scalar, value in zip(found.scalars, parse(write(tree))[1]):
-            scalar.data.fill_(value)  # float64 scalars have more digits than the constructor keeps
-        return found
+    def shortened(self) -> 'Activation':
+        """The shortest equal function known. A scalar that comes in, as in x + x = 2 * x, is learnable."""
+        return Activation(shorten(self.valued, self.clip), self.clip)
 
     def module(self, note: str = '') -> str:
-        """The text of a Python file with this function as `Found`, a module that needs torch alone. note: its origin."""
-        return module_text(self.valued, self.formula, self.clip, note)
-
-    def extra_repr(self) -> str:
-        return self.expression
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mathematics.
-
-def mathematics(tree: Tree, clip: Optional[float], latex: bool = False) -> str:
-    """Ordinary notation, scalars to 3 digits; clip(y) stands for max(-l, min(l, y)), written only where it can act."""
-    def number(value: float) -> str:
-        word = f'{value:.3g}'
-        return re.sub(r'e\+?(-?)0*(\d+)', r' \\cdot 10^{\1\2}', word) if latex else word
-
-    def bracket(word: str) -> str:
-        return rf'\left({word}\right)' if latex else f'({word})'
-
-    def text(tree: Tree) -> tuple[str, int]:
-        if tree == 'x':
-            return 'x', 4
-        op, words = tree.op, {}
-        template, level, needs = op.formula, op.level, op.needs
-        if op.name == 'mix':  # its two weights themselves, not the gamma that makes them
-            weight = sigmoid(tree.scalar)
-            template, level, needs = '{p} * {a} + {q} * {b}', 1, (2, 2)
-            words = {'p': number(weight), 'q': number(1 - weight)}
-        elif tree.scalar is not None:
-            words['p'] = number(tree.scalar)
-            level = 1 if op.name == 'const' and words['p'].startswith('-') else level
-        for key, node, need in zip('ab', tree.inputs, needs):
-            word, inner = text(node)
-            words[key] = word if inner >= need else bracket(word)
-        template = latex_template(template) if latex else template
-        word = template.format(**words).replace('+ -', '- ').replace('- -', '+ ')
-        if can_clip(tree, clip):
-            return (r'\operatorname{clip}' if latex else 'clip') + bracket(word), 4
-        return word, level
-    return text(tree)[0]
+        """The text of a file that needs torch alone: the function as class `Found`. note: its origin."""
+        lines, scalars = {}, []  # code -> the variable that holds it; values
+        def line(node: Node, inputs: list) -> str:
+            names = dict(zip('ab', inputs or ['y']))
+            if node.scalar is not None:
+                names['p'] = f'p[{len(scalars)}].to(y.dtype)'
+                scalars.append(f'nn.Parameter(torch.tensor({node.scalar!r}))')
+            code = fill(node.op.code, **names)
+            if node.op.clips and self.clip is not None:
+                code = fill(f'y.clamp({-self.clip!r}, {self.clip!r})', y=code)
+            return lines.setdefault(code, f'y{len(lines) + 1}')  # a shared part is computed once
+        return MODULE.format(
+            formula=self.formula, clip=self.clip, note=note.replace('\\', '/').replace('"', "'"),
+            result=fold(self.valued, 'y', line) + '.clone()' * self.copies,
+            lines=''.join(f'    {name} = {code}\n' for code, name in lines.items()),
+            parameters=''.join(f'\n        self.p{k} = {value}' for k, value in enumerate(scalars)),
+            scalars=', '.join(f'self.p{k}' for k in range(len(scalars))))
 
 
-LATEX = {'sigmoid': r'\sigma', 'relu': r'\operatorname{{ReLU}}', '*': r'\cdot', '+-': r'\pm', '(': r'\left(',
-         ')': r'\right)',
-         **{name: '\\' + name for name in ('exp', 'sinh', 'cosh', 'tanh', 'sin', 'cos', 'max', 'min', 'log')}}
-
-
-def latex_template(template: str) -> str:
-    r"""'sigmoid({a}) * {b}' -> '\sigma\left({a}\right) \cdot {b}', still to be filled in by str.format."""
-    if template == 'sqrt({a})':
-        return r'\sqrt{{{a}}}'
-    bars = iter((r'\left|', r'\right|'))  # no operation's formula has more than one pair
-
-    def token(match: re.Match) -> str:
-        word = match[0]
-        if word == '|' or word.startswith('{'):
-            return next(bars) if word == '|' else word
-        return LATEX.get(word, r'\operatorname{{' + word.replace('_', r'\_') + '}}')
-    return re.sub(r'\{\w\}|[A-Za-z_]{2,}|\+-|[|*()]', token, template)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Exporting: the function as a Python file of its own.
-
-# How an operation is written where it is not simply a function of torch: {a}, {b} inputs, {p} the scalar, {x} the input.
-CODE = {
-    'neg': '-{a}', 'cube': '{a} * {a} * {a}', 'bias': '{a} + {p}', 'scale': '{p} * {a}',
-    'const': 'torch.zeros_like({x}) + {p}',
-    'sqrt': 'torch.where({a} > 1e-8, torch.sqrt({a}.clamp(min=1e-8)), torch.zeros_like({a}))',
-    'exp': 'torch.exp({a}.clamp(max=80.0))', 'sinh': 'torch.sinh({a}.clamp(-80.0, 80.0))',
-    'cosh': 'torch.cosh({a}.clamp(-80.0, 80.0))', 'min0': '{a}.clamp(max=0.0)', 'add': '{a} + {b}', 'sub': '{a} - {b}',
-    'mul': '{a} * {b}', 'gate': 'torch.sigmoid({a}) * {b}', 'mix': '{b} + torch.sigmoid({p}) * ({a} - {b})',
-    'sinc': f'torch.sinc({{a}} / {math.pi})', 'log_abs': 'torch.log({a}.abs().clamp(min=1e-4))',
-    'gauss': 'torch.exp(-{a} * {a})', 'div': '{a} / torch.where({b} < 0, {b} - 1e-3, {b} + 1e-3)',
-    'laplace': 'torch.exp(-({a} - {b}).abs())', 'rbf': 'torch.exp(-({a} - {b}).square())',
-}
-
-MODULE = '''"""f(x) = {formula}
-{clip}{note}
-    from activation import Found          # this file is self-contained, copy it anywhere
-    model = Network(activation=Found)     # or wherever nn.ReLU() stood: Found()
-
-The scalars are parameters and learn along. Half precision is computed in float32 inside.
+MODULE = '''"""f(x) = {formula}, with clip(y) = max(-l, min(l, y)), l = {clip}
+{note}
+Needs torch alone: copy this file anywhere, write Found() where nn.ReLU() stood. Any shape; the scalars learn.
 """
 import torch
 import torch.nn as nn
-{imports}
+import torch.nn.functional as F
+
+
+@torch.fx.wrap  # one step for torch.fx
+def found(x: torch.Tensor, p: list[torch.Tensor]) -> torch.Tensor:
+    y = x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
+{lines}    y = {result}
+    return y.to(x.dtype) if x.is_floating_point() else y
+
 
 class Found(nn.Module):
-    """Any shape in, the same shape out."""
-
     def __init__(self) -> None:
-        super().__init__()
-{parameters}
+        super().__init__(){parameters}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if x.dtype == torch.float64 else x.float()
-{lines}        return {result}.to(x.dtype)
+        return found(x, [{scalars}])
 '''
 
-
-def call_of(op: Op) -> str:
-    """'torch.tanh({a})': how a program that has only torch calls this operation. Raises ExpressionError."""
-    if op.name in CODE:
-        return CODE[op.name]
-    name = getattr(op.function, '__name__', '')
-    for prefix, namespace in (('torch', torch), ('F', F)):
-        if getattr(namespace, name, None) is op.function:
-            return f"{prefix}.{name}({{a}}{', {b}' * (arity(op) == 2)}{', {p}' * (op.scalar is not None)})"
-    raise ExpressionError(f"operation {op.name} is no function of torch's own: to export it, add a line for it to CODE "
-                          f"in activation.py")
-
-
-def module_text(tree: Tree, formula: str, clip: Optional[float], note: str) -> str:
-    lines, parameters, known = [], [], {}
-
-    def value(tree: Tree) -> str:
-        """The variable that holds this subtree; a line of its own, written once, computes it."""
-        if tree == 'x':
-            return 'y'
-        words = dict(zip('ab', [value(node) for node in tree.inputs]), x='y')
-        if tree.scalar is not None:
-            name = f'{tree.op.name}_{len(parameters) + 1}'
-            parameters.append(f'        self.{name} = nn.Parameter(torch.tensor({tree.scalar!r}))\n')
-            words['p'] = f'self.{name}.to(y.dtype)'
-        code = call_of(tree.op).format(**words)
-        if can_clip(tree, clip):
-            code = f'({code}).clamp({-clip!r}, {clip!r})' if ' ' in code else f'{code}.clamp({-clip!r}, {clip!r})'
-        if code not in known:  # the same code is the same value; scalars have names of their own
-            known[code] = f'y{len(lines) + 1}'
-            lines.append(f'        {known[code]} = {code}\n')
-        return known[code]
-
-    result = value(tree)
-    clips = f'with clip(y) = max(-{clip:g}, min({clip:g}, y))\n' if 'clip(' in formula else ''
-    imports = 'import torch.nn.functional as F\n' if any('F.' in line for line in lines) else ''
-    return MODULE.format(formula=formula, imports=imports, clip=clips, note=f'\n{note}\n' if note else '', result=result,
-                         parameters=''.join(parameters), lines=''.join(lines))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Known functions, and how to compare them.
-
-# Known activations by name: (expression, clip). The standard ones are not clipped.
-NAMED: dict[str, tuple[str, Optional[float]]] = {
-    **{name: (f'{name}(x)', None) for name in ('relu', 'leaky_relu', 'elu', 'silu', 'gelu', 'tanh', 'sigmoid', 'softplus')},
-    'identity': ('x', None),
-    'relu2': ('square(relu(x))', None),
-    'mish': ('mul(x, tanh(softplus(x)))', None),
-    # Found by the paper's authors and left in their released code, without a word on which run they came from.
+NAMED: dict[str, tuple[str, Clip]] = {  # name -> (expression, clip); grafs_*: in the paper's released code
+    **{name: (f'{name}(x)', None) for name in 'relu leaky_relu elu silu gelu tanh sigmoid softplus'.split()},
+    'identity': ('x', None), 'relu2': ('square(relu(x))', None), 'mish': ('mul(x, tanh(softplus(x)))', None),
     'grafs_resnet_1': ('mul(sigmoid(relu(x)), gelu(x))', CLIP),
     'grafs_resnet_2': ('mul(sigmoid(relu(x)), elu(x))', CLIP),
     'grafs_resnet_3': ('mul(sigmoid(gelu(x)), gelu(x))', CLIP),
     'grafs_resnet_4': ('mul(sigmoid(leaky_relu(gelu(x))), leaky_relu(x))', CLIP),
     'grafs_vit': ('mul(sigmoid(gelu(square(silu(x)))), silu(x))', CLIP),
     'grafs_gpt_1': ('mul(silu(mul(sigmoid(relu(x)), gelu(x))), silu(x))', CLIP),
-    # 0.43 * silu(sigmoid(silu(x)) * x^2) + 0.57 * silu(x): the weight is sigmoid(gamma), gamma = log(0.43 / 0.57)
-    'grafs_gpt_2': ('mix(silu(mul(sigmoid(silu(x)), square(x))), silu(x), -0.28185115)', CLIP),
-}
-
-
-GALLERY = Path(__file__).resolve().parent / 'results' / 'gallery.json'
-
-
-class Entry(NamedTuple):
-    """A function of the gallery: what a search found, on which model and data, and where it is documented."""
-    expression: str
-    clip: Optional[float]
-    model: str
-    data: str
-    source: str
-
-
-def gallery(path: Path = GALLERY) -> dict[str, Entry]:
-    """The functions found so far, by name; none where there is no such file. Raises ExpressionError, one line, for a
-    file that is damaged.
-
-    The file is one object, name -> {"expression": ..., "clip": 10.0 or null, "model": ..., "data": ..., "from": ...}.
-    """
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExpressionError(f'cannot read the gallery {path}: {error}; restore it, or delete it to go on without') from None
-    entries = {}
-    try:
-        for name, entry in content.items():
-            entries[name] = Entry(*(entry[key] for key in ('expression', 'clip', 'model', 'data', 'from')))
-            clip = entries[name].clip
-            if not (clip is None or isinstance(clip, (int, float)) and 0 < clip < 1e12):
-                raise TypeError(f'clip {clip} must be a number above 0, or null')
-            parse(entries[name].expression)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f'it lacks {error}' if isinstance(error, KeyError) else error
-        where = f"entry '{name}'" if entries or isinstance(content, dict) and content else 'it is no object of names'
-        raise ExpressionError(f'the gallery {path} is damaged, {where}: {what}') from None
-    return entries
+    'grafs_gpt_2': ('mix(silu(mul(sigmoid(silu(x)), square(x))), silu(x), -0.28185115)', CLIP)}
 
 
 def named(text: str) -> Activation:
-    """The activation of a known name, of the gallery, or of an expression. Raises ExpressionError, naming the nearest
-    known name."""
-    text = text.strip()
-    if text in NAMED:
-        return Activation(*NAMED[text])
-    if re.fullmatch(r'[\w-]+', text) and text != 'x':
-        found = gallery()
-        if text in found:
-            return Activation(found[text].expression, found[text].clip)
-        known = [*NAMED, *found]
-        raise ExpressionError(f"unknown activation '{text[:40]}'{nearest(text, known)}; known: {', '.join(known)}; "
-                              f"or give an expression such as 'mul(sigmoid(x), x)'")
-    return Activation(text)
+    """The activation of a known name, or of an expression. Raises ValueError."""
+    if re.fullmatch(r'\s*[\w-]+\s*', text) and text.strip() != 'x':
+        check_choice('activation', text.strip(), NAMED)
+    return Activation(*NAMED.get(text.strip(), (text,)))
 
 
-@torch.no_grad()
-def distance(found: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tensor], rescale: bool = True) -> float:
-    """How far `found` is from `target`: the RMS difference under N(0, 1), as a share of the target's standard
-    deviation, after the best input scale (from 1/4 to 4, and their negatives; rescale=False: 1), output scale and output
-    shift: a network can make up for those. subtle: with the input scale free, some known functions are close: SiLU is
-    0.9 % from GELU, and softplus 1.1 % from SiLU."""
+def distance(f: Callable, target: Callable, rescale: bool = True) -> float:
+    """The RMS difference under N(0, 1) as a share of the target's standard deviation, after the best scale
+    and shift of the output and, with rescale, scale of the input: networks do those. nan for a constant."""
     x = torch.linspace(-5, 5, 2001, dtype=torch.float64)
     p = torch.softmax(-x.square() / 2, 0)
-    y = target(x)
-    y = y - (p * y).sum()
-    best = 1.0
+    y = target(x) - (p * target(x)).sum()
+    variance, best = (p * y * y).sum(), 1.0
     for scale in [sign * 2 ** (k / 8) for k in range(-16, 17) for sign in (1, -1)] if rescale else [1]:
-        f = found(scale * x)
-        f = f - (p * f).sum()
-        gain = (p * f * y).sum() / (p * f * f).sum().clamp(min=1e-12)
-        best = min(best, ((p * (gain * f - y).square()).sum() / (p * y * y).sum()).sqrt().item())
-    return best
+        z = f(scale * x) - (p * f(scale * x)).sum()
+        gain = (p * z * y).sum() / (p * z * z).sum().clamp(min=1e-12)
+        best = min(best, ((p * (gain * z - y).square()).sum() / variance).sqrt().item())
+    return best if variance > 1e-12 else float('nan')
 
 
-@torch.no_grad()
-def bend(f: Callable[[Tensor], Tensor]) -> float:
-    """How far `f` is from a straight line: what the best line leaves of its standard deviation under N(0, 1), from 0
-    for a line to 1. A network with a line for its activation is a linear map; nan for a constant."""
-    x = torch.linspace(-5, 5, 2001, dtype=torch.float64)
-    p = torch.softmax(-x.square() / 2, 0)
-    y = f(x).double().expand(x.shape)
-    y = y - (p * y).sum()
-    variance = (p * y * y).sum()
-    slope = (p * x * y).sum() / (p * x * x).sum()
-    return ((p * (y - slope * x).square()).sum() / variance).sqrt().item() if variance > 1e-12 else math.nan
+def nonlinearity(f: Callable) -> float:
+    """What the best line leaves of f's standard deviation under N(0, 1): 0 for a line, nan for a constant."""
+    return distance(lambda x: x, f, rescale=False)

@@ -1,328 +1,467 @@
-"""Is an activation any good? `python evaluate.py runs/minigpt-tinystories_sample-seed0 --model minigpt --seeds 5`.
+"""Is an activation any good? `python evaluate.py RUN --model minigpt --seeds 5`.
 
-Every activation is trained from scratch under the same settings; for a seed all of them get the same initial weights
-and the same batches, so that differences are paired. The last step counts, never the best one, and the test set is
-touched once a run. Each finished run is one line in a ledger, so that an evaluation goes on where it was stopped, and
-ledgers of several machines are joined by `cat` and read by `--report`.
+Every activation is trained from scratch with the same settings; for a seed all of them get the same initial
+weights and the same batches, so that differences are paired. The last step counts, never the best one, and the
+test set is touched once a run. A finished run is a line in a ledger: the same command goes on where it was
+stopped, and the ledgers of several machines are joined by `cat`.
+
+`train` is the one training loop of the project, `Training` holds its settings.
 """
+import argparse
+import contextlib
+import copy
 import dataclasses
+import functools
+import json
 import math
+import os
+import random
 import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, TypeVar
 
+import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
 import data
-import figures
-from activation import NAMED, Activation, gallery, named
-from cell import random_expression
-from ledger import append, identity, nameless, read_ledger, report
-from models import STANDARD
-from models_own import network, standard_of
-from ops import valid
-from table import Tabulated
-from training import (Parser, Training, bytes_kept, check_memory, configure, cross_entropy, learning_rate, memory_needed,
-                      one_line_errors, option, options, read_json, weight_optimizer)
+from activation import NAMED, Activation, named
+from models import STANDARD, network, source_digest
+from ops import check_choice
+from plot import comparison, report
+from space import Space
+
+# ---- settings: a dataclass, a line a field. the command line is made from it ----
 
 
-@dataclass
-class Config(Training):
-    """The options of a retraining."""
-    out: str = option('results.jsonl', 'ledger: one line a finished run; a run that is there is not repeated')
-    freeze: bool = option(False, 'keep the learned scalars of a function as they are; else they are trained on')
-    table: bool = option(False, 'look the activation up in a table instead of computing it op by op')
-
-    def check(self) -> None:
-        super().check()
-        valid('--data', self.data, data.DATA)
+def option(default: Any, help: str = '', kind: Optional[Callable] = None, choices: Iterable = ()) -> Any:
+    """A setting. With `help` it is an option of the command line; without, presets alone set it."""
+    metadata = dict(help=help, kind=kind or type(default), choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-# laptop: about a minute a run on two cores, built-in data. paper: the retraining of the paper's appendix, in steps;
-# its TrivialAugment for vit_tiny is left out: crops and mirrors here.
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    'laptop': {
-        'resnet20': dict(data='cifar10_16', steps=800, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.0, warmup=0.05,
-                         weight_decay=5e-4),
-        'vit_tiny': dict(data='cifar10_16', steps=300, batch_size=16, lr=5e-4, lr_end=0.0, warmup=0.1, weight_decay=0.05),
-        # lr: the best of 1, 2, 3 and 4 e-3 for GELU by a margin (at 1e-3 the loss hardly leaves the plateau at 2.1)
-        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, context=64, lr=3e-3, lr_end=0.1, warmup=0.1,
-                        weight_decay=0.1),
-        'toy': dict(data='cifar10_16', steps=2000, batch_size=64, lr=1e-3, lr_end=0.1),
-    },
-    'paper': {
-        'resnet20': dict(data='cifar10', steps=78_000, batch_size=128, optimizer='sgd', lr=0.1, weight_decay=1e-4,
-                         drops='0.5,0.75', grad_clip=0.0),
-        'vit_tiny': dict(data='cifar10', steps=48_500, batch_size=512, lr=1e-3, lr_end=0.0, weight_decay=0.0, grad_clip=0.0),
-        'minigpt': dict(data='tinystories', steps=10_000, batch_size=64, accumulate=10, context=256, tokens='gpt2', lr=1e-3,
-                        lr_end=0.1, warmup=100, weight_decay=0.1, dropout=0.2),
-        'toy': dict(data='cifar10', steps=20_000, batch_size=128, lr=1e-3, lr_end=0.1),
-    },
-}
-BASELINES = {'image': 'relu,leaky_relu,elu,silu,gelu', 'text': 'relu,leaky_relu,elu,silu,gelu,relu2'}
+def number(low: float, kind: type = int) -> Callable[[str], Any]:
+    """For `option`: text -> a number of that kind, from `low` to 1e12."""
+    def parse(text: str) -> Any:
+        if not low <= (value := kind(text)) < 1e12:
+            raise argparse.ArgumentTypeError(f'{text} is out of range: from {low} up')
+        return value
+    return parse
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which activations.
+@dataclasses.dataclass
+class Training:
+    """How a network is trained."""
+    model: str = option('resnet20', f'{", ".join(STANDARD)}; torchvision:NAME; or FILE.py:FUNCTION, a function '
+                                    f'of yours that returns a network')
+    only: str = option('', 'of a network that is not ours: replace these activations alone, such as relu,silu')
+    data: str = option('', 'data set; default: the built-in sample that suits the network', choices=data.DATA)
+    data_dir: str = option('', 'folder with the files of the data set; default: they are downloaded')
+    side: int = option(0, 'average images to this side, in pixels; 0: as they are', choices=(0, 16, 32))
+    preset: str = option('quick', 'quick: minutes, built-in data; paper: its data and settings',
+                         choices=('quick', 'evening', 'paper'))
+    device: str = option('auto', 'auto, cpu, cuda or mps')
+    out: str = option('results.jsonl', 'ledger: one line a finished run; what is there is not repeated')
+    steps: int = option(500, 'weight steps; the other lengths are shares of it', number(2))
+    batch_size: int = option(64, 'images or text windows in a batch', number(1))
+    context: int = option(128, 'length of a text window in tokens', number(1))
+    tokens: str = option('bytes', 'of a text; gpt2 needs tiktoken', choices=('bytes', 'gpt2'))
+    lr: float = option(1e-3, 'learning rate of the weights, the highest of the schedule', number(0, float))
+    lr_end: float = option(1.0)         # share of lr left at the end of the cosine; 1: constant
+    warmup: float = option(0.0)         # share of the steps in which lr rises from 0
+    lr_milestones: tuple = option(())   # shares of the steps after which lr is divided by 10
+    optimizer: str = option('adamw')    # sgd (momentum 0.9) or adamw (betas 0.9 and 0.99)
+    weight_decay: float = option(1e-4)
+    accumulate: int = option(1)         # batches whose gradients are averaged for one step
+    grad_clip: float = option(1.0)      # bound on the norm of the gradient; 0: none
+    dropout: float = option(0.0)        # of the GPTs
 
-class Candidate(NamedTuple):
-    """name: as in the table. searched: 'model/data' of the search that found it, or ''."""
-    name: str
-    activation: Activation
-    searched: str = ''
+
+AnyConfig = TypeVar('AnyConfig', bound=Training)
+Presets = dict[str, dict[str, dict[str, Any]]]  # name, network, settings
 
 
-def resolve(text: str) -> Candidate:
-    """A run folder, a path to activation.json, a known name or one of the gallery, random_0, random_1 ..., an expression.
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError where argparse would print its usage and exit."""
 
-    Raises ValueError, one line, for what is none of these.
+    def error(self, message: str) -> None:
+        raise ValueError(f'{message[:300]}; --help lists all options')
+
+    def add_settings(self, kind: type[Training], presets: Presets) -> None:
+        """An option for every field of `kind` that has a help text, with the defaults of the preset quick."""
+        for f in dataclasses.fields(kind):
+            help, kind, choices = f.metadata['help'], f.metadata['kind'], f.metadata['choices'] or None
+            quick = {model: {**PRESETS['quick'][model], **changes}.get(f.name, f.default)
+                     for model, changes in presets['quick'].items()}
+            values = set(map(str, quick.values()))
+            shown = values.pop() if len(values) == 1 else ', '.join(f'{m} {v}' for m, v in quick.items())
+            if help:
+                self.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, type=kind,
+                                  choices=choices, metavar=f.name.split('_')[-1].upper(),
+                                  help=help + f' ({shown})' * (shown not in ('', '0')))
+
+
+def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) -> AnyConfig:
+    """The defaults of `kind`, the preset of the network, its changes in `presets`, what is given; absolute paths.
+
+    given: may hold more than the fields of `kind`. Raises ValueError for an unknown network or device.
     """
-    path = Path(text)
-    # a text of over 1,000 characters is no path, and some systems balk at it
-    if text.strip() and text not in NAMED and len(text) < 1000 and (path.is_dir() or path.suffix == '.json' or '/' in text):
-        return from_file(path if path.suffix == '.json' else path / 'activation.json')
-    if match := re.fullmatch(r'random_(\d{1,9})', text):
-        return Candidate(text, Activation(random_expression(torch.Generator().manual_seed(int(match[1])))))
-    activation, name = named(text), text.replace(' ', '')
-    entry = gallery().get(name) if name not in NAMED and re.fullmatch(r'[\w-]+', name) else None
-    return Candidate(name, activation, f'{entry.model}/{entry.data}' if entry else '')
+    given = {f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}
+    preset, model = given.get('preset', 'quick'), given.get('model', 'resnet20')
+    if ':' not in model:
+        check_choice('--model', model, [*STANDARD, 'torchvision:NAME', 'FILE.py:FUNCTION'])
+    text = given.get('data', '').startswith('tinystories')
+    families = {'resnet': 'resnet20', 'vit': 'vit_tiny', 'toy': 'toy', '': 'minigpt'}  # whose settings to take
+    like = next(name for start, name in families.items() if model.startswith(start))
+    if ':' in model:
+        like = 'minigpt' if text else 'vit_tiny'
+    config = kind(**{**PRESETS[preset][like], **presets[preset][like], **given})
+    if '.py:' in model:
+        config.model = os.path.abspath(os.path.expanduser(model))
+    if config.data_dir:
+        config.data_dir = os.path.abspath(os.path.expanduser(config.data_dir))
+    present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if config.device == 'auto':
+        config.device = next(device for device, there in present.items() if there)
+    if not present.get(config.device.split(':')[0]):
+        raise ValueError(f'--device {config.device} is not there, or not in this PyTorch; use --device cpu')
+    return config
 
 
-def from_file(path: Path) -> Candidate:
-    """The activation that a search wrote."""
-    try:
-        content = read_json(path)
-        expression, clip = content['expression'], content['clip']
-        if not isinstance(expression, str) or not (clip is None or isinstance(clip, (int, float)) and 0 < clip < 1e12):
-            raise TypeError('expression must be a text, clip a number above 0 or null')
-        name = path.resolve().parent.name if path.name == 'activation.json' else path.stem
-        return Candidate(name, Activation(expression, clip), f"{content.get('model', '?')}/{content.get('data', '?')}")
-    except OSError as error:
-        raise ValueError(f'cannot read {path}: {error.strerror}; a finished search leaves it in its run folder') from None
-    except (ValueError, KeyError, TypeError) as error:
-        what = f'it lacks {error}' if isinstance(error, KeyError) else str(error).split('\n')[0]
-        raise ValueError(f'{path} is not an activation.json of a search: {what}') from None
+# ---- training ----
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One run.
-
-def retrain(candidate: Candidate, config: Config, dataset: data.Dataset, seed: int) -> dict[str, Any]:
-    """Train the network from scratch with this activation; the row of the ledger."""
+def seed_everything(seed: int) -> None:
+    """Seed every generator that a network may draw from, Python's own too."""
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
-    cuda = config.device.startswith('cuda')
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    activation = Activation(candidate.activation.expression, candidate.activation.clip)
-    activation.requires_grad_(not config.freeze)
-    module = Tabulated(activation) if config.table else activation
-    # One module in all sites: the result is one function, its scalars too. It draws no random numbers, so the weights
-    # that follow are the same for all activations of a seed.
-    model = network(config, lambda: module, dataset).to(config.device)
-    batches = data.Batches(dataset, data.whole(dataset), config.batch_size, seed, augment=True, context=config.context,
-                           device=config.device)
-    check_memory(memory_needed(model, batches, cross_entropy, config), config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = weight_optimizer(parameters, config)
-    started, paces, curve, diverged = time.monotonic(), [], [], False
-    mark, total, kept = started, torch.zeros((), device=config.device), 0
-    every = max(1, config.steps // 20)
+
+
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of (batch, classes) or (batch, time, vocabulary) logits."""
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+def weight_optimizer(weights: list[nn.Parameter], config: Training) -> torch.optim.Optimizer:
+    """Biases, norms and learned scalars (fewer than two dimensions) are not decayed by AdamW."""
+    if config.optimizer == 'sgd':
+        return torch.optim.SGD(weights, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    groups = [dict(params=[p for p in weights if p.dim() >= 2], weight_decay=config.weight_decay),
+              dict(params=[p for p in weights if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW([group for group in groups if group['params']], lr=config.lr, betas=(0.9, 0.99))
+
+
+def learning_rate(step: int, config: Training) -> float:
+    """Linear warm-up, then a cosine from lr to lr_end * lr, and a tenth of it after each milestone."""
+    rise = min(1.0, (step + 1) / max(round(config.warmup * config.steps), 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    tenths = 0.1 ** sum(step >= share * config.steps for share in config.lr_milestones)
+    return config.lr * rise * tenths * (config.lr_end + (1 - config.lr_end) * cosine)
+
+
+def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], Tensor],
+          config: Training) -> list[list[float]]:
+    """Train for config.steps steps. Returns the curve, 20 times [step, mean training loss since the last point].
+
+    A run that diverges ends there, and its curve ends with a loss that is not finite.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = weight_optimizer(weights, config)
+    curve, every, total = [], max(1, config.steps // 20), 0.0
+    model.train()
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, config)
         for _ in range(config.accumulate):
             x, y = next(batches)
-            if step == 0:
-                kept, loss = bytes_kept(lambda: cross_entropy(model(x), y), model.parameters())
-            else:
-                loss = cross_entropy(model(x), y)
-            (loss / config.accumulate).backward()
-            total += loss.detach() / config.accumulate
+            batch_loss = loss(model(x), y) / config.accumulate
+            batch_loss.backward()
+            total += batch_loss.detach()
         if config.grad_clip:
-            nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            nn.utils.clip_grad_norm_(weights, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % every == 0:
-            # The only place where a value leaves the device. The curve is the mean over the steps in between.
-            mean, now = total.item() / every, time.monotonic()
-            paces.append((now - mark) / every)
-            mark, total = now, torch.zeros_like(total)
-            if not math.isfinite(mean):
-                diverged = True
+        if (step + 1) % every == 0:  # the only place where a value leaves the device
+            curve.append([step + 1, round(float(total) / every, 5)])
+            total = 0.0
+            if not math.isfinite(curve[-1][1]):
                 break
-            curve.append([step + 1, round(mean, 5)])
-    metrics = dict(test_loss=math.inf, test_accuracy=0.0) if diverged else test(model, dataset, config)
-    # A network that knows nothing scores log(classes): a loss ten times as high is no result either, though finite.
-    diverged = diverged or not metrics['test_loss'] <= 10 * math.log(dataset.classes)
-    return {'name': candidate.name, 'expression': candidate.activation.expression, 'clip': candidate.activation.clip,
-            'searched': candidate.searched, 'seed': seed, 'settings': settings(config),
-            **{key: None if not math.isfinite(value) else value for key, value in metrics.items()},
-            'train_loss': curve[-1][1] if curve and not diverged else None, 'diverged': diverged,
-            'learned': [round(s.item(), 6) for s in activation.scalars], 'curve': curve,
-            'seconds': round(time.monotonic() - started, 1), 'ms_step': round(1e3 * statistics.median(paces or [0]), 2),
-            'mb_kept': round(kept / 1e6, 2),
-            'mb_peak': round(torch.cuda.max_memory_allocated() / 1e6, 2) if cuda else None,
-            'python': sys.version.split()[0], 'torch': torch.__version__, 'device': device_name(config.device),
-            'threads': torch.get_num_threads()}
+    return curve
 
 
 @torch.no_grad()
-def test(model: nn.Module, dataset: data.Dataset, config: Config) -> dict[str, float]:
+def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+    """Mean loss of the network as it stands; accuracy too where targets are classes. Those of the logits may stand
+    last, (n, time, classes), or second, (n, classes, height, width)."""
+    training, losses, hits, count = model.training, [], [], 0
     model.eval()
-    losses, hits, count = 0.0, 0.0, 0
-    for x, y in data.test_batches(dataset, config.batch_size, config.context, config.device):
+    for x, y in batches:
         output = model(x)
-        losses += cross_entropy(output, y).item() * y.numel()
-        hits += (output.argmax(-1) == y).sum().item()
-        count += y.numel()
-    return {'test_loss': losses / count, 'test_accuracy': hits / count}
+        losses.append(loss(output, y) * len(y))
+        count += len(y)
+        for dim in (-1, 1):
+            if output.dim() > 1 and output.shape[dim] > 1 and not y.is_floating_point() \
+                    and output.select(dim, 0).shape == y.shape:
+                hits.append((output.argmax(dim) == y).float().mean() * len(y))
+                break
+    model.train(training)
+    result = {'loss': (torch.stack(losses).sum() / count).item()}
+    return result | ({'accuracy': (torch.stack(hits).sum() / count).item()} if hits else {})
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """What makes two runs comparable: everything but where files lie and which machine it is."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in ('data_dir', 'out', 'device')}
+# ---- files and errors ----
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a line of JSON, in one write, so that several processes may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a+b', buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        cut = b'' if file.read(1) in (b'\n', b'') else b'\n'  # never behind a line that a kill cut
+        line = cut + json.dumps(row).encode() + b'\n'
+        if file.write(line) != len(line):
+            raise OSError(28, 'the disk is full', str(path))
 
 
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device.startswith('cuda') else device
+def read_json(text: bytes) -> dict[str, Any]:
+    """One JSON object. Raises ValueError for anything else."""
+    try:
+        content = json.loads(text.decode('utf-8-sig'))
+    except RecursionError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError('it is no JSON object')
+    return content
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cost card.
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ledger. A line that is cut, or is no row, is skipped with a warning; no file: no rows."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            row = read_json(line or b'{}')
+            rows += [row] if line and isinstance(row['settings'], dict) and row['seed'] >= 0 else []
+        except (ValueError, KeyError, TypeError):
+            print(f'warning: {path}, line {number} is cut or no row of a ledger; skipped', file=sys.stderr)
+    return rows
 
-def card(candidate: Candidate) -> str:
-    """What a function is like and what it costs: forward and backward of a million elements against ReLU."""
-    f = candidate.activation
-    x = (torch.arange(-5000, 5001, dtype=torch.float64) / 1000).requires_grad_()  # 0 is among them, exactly
-    f64 = Activation(f.expression, f.clip).double()
-    y = f64(x)
-    slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)  # 0 * x: a constant does not depend on x
-    rising, falling = bool((y.diff() >= 0).all()), bool((y.diff() <= 0).all())
-    weight = torch.softmax(-x.detach().square() / 2, 0)
-    moments = [(weight * y.detach() ** k).sum().item() for k in (1, 2)]
-    size = 1 << 20
-    sample = torch.randn(size, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    contestants = {'op by op': f, 'by table': Tabulated(f), 'relu': torch.relu}
-    times: dict[str, list[list[float]]] = {name: [[], []] for name in contestants}
-    for _ in range(9):  # interleaved, so that a busy moment of the machine hits all of them
-        for name, function in contestants.items():
+
+@contextlib.contextmanager
+def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
+    """Around a whole program. A user's mistake (ValueError, OSError) is one line and exit code 2, Ctrl-C is 130;
+    a mistake of ours keeps its traceback. hint: how to go on."""
+    code = 2
+    try:
+        yield
+        sys.stdout.flush()
+        return
+    except KeyboardInterrupt:
+        line, code = f'stopped; {hint()}', 130
+    except BrokenPipeError:  # nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        line = f'error: the output was closed; {hint()}'
+    except OSError as error:
+        line = f"error: {error.filename or 'output'}: {error.strerror or error}; {hint()}"
+    except ValueError as error:
+        line = f'error: {error}'
+    except (MemoryError, RuntimeError) as error:
+        if 'out of memory' not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        line = 'error: out of memory; try a smaller --batch-size'
+    print(' '.join(line.split())[:600], file=sys.stderr)
+    sys.exit(code)
+
+
+# ---- one run ----
+
+# quick: a minute a run on two cores. paper: its appendix, with crops and mirrors instead of TrivialAugment.
+PRESETS: Presets = {
+    'quick': {
+        'resnet20': dict(data='cifar10_16', steps=800, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.0,
+                         warmup=0.05, weight_decay=5e-4),
+        'vit_tiny': dict(data='cifar10_16', steps=300, batch_size=16, lr=5e-4, lr_end=0.0, warmup=0.1,
+                         weight_decay=0.05),
+        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, context=64, lr=3e-3, lr_end=0.1,
+                        warmup=0.1, weight_decay=0.1),
+        'toy': dict(data='cifar10_16', steps=2000, batch_size=64, lr=1e-3, lr_end=0.1),
+    },
+    'paper': {
+        'resnet20': dict(data='cifar10', steps=78_000, batch_size=128, optimizer='sgd', lr=0.1,
+                         lr_milestones=(0.5, 0.75), grad_clip=0.0),
+        'vit_tiny': dict(data='cifar10', steps=48_500, batch_size=512, lr_end=0.0, weight_decay=0.0,
+                         grad_clip=0.0),
+        'minigpt': dict(data='tinystories', steps=10_000, batch_size=64, accumulate=10, context=256,
+                        tokens='gpt2', lr_end=0.1, warmup=0.01, weight_decay=0.1, dropout=0.2),
+        'toy': dict(data='cifar10', steps=20_000, batch_size=128, lr_end=0.1),
+    },
+}
+
+
+class Candidate(NamedTuple):
+    """activation: None for the network's own calls. searched: 'model/data' of its search, or ''."""
+    name: str
+    activation: Optional[Activation]
+    searched: str = ''
+
+
+@functools.lru_cache
+def space_of(ops: str = 'base') -> Space:
+    return Space(ops)
+
+
+def resolve(text: str) -> Candidate:
+    """A run folder, a known name, an expression, or random_0, random_1 ...: functions drawn from the space."""
+    if text not in NAMED and (os.path.isdir(text) or text.endswith('.json')):
+        path = Path(text, 'activation.json') if os.path.isdir(text) else Path(text)
+        try:
+            run = read_json(path.read_bytes())
+            activation = Activation(run['expression'], run['config']['clip'])
+            searched = f"{Path(run['model']).name}/{run['data']}"
+            return Candidate(path.absolute().parent.name, activation, searched)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path} is not the result of a finished search ({error!r})') from None
+    if match := re.fullmatch(r'random_(\d{1,9})', text):
+        draw = torch.Generator().manual_seed(int(match[1]))
+        return Candidate(text, Activation(space_of().random_function(draw)))
+    return Candidate(text.replace(' ', ''), named(text))
+
+
+def run_key(candidate: Candidate, config: Training, dataset: data.Dataset, seed: int) -> dict[str, Any]:
+    """What makes two runs the same run: function, seed, settings, checksums of the network's code and of the data.
+    Name, folders and machine do not count, nor a clip bound that nowhere acts."""
+    f, settings = candidate.activation, dataclasses.asdict(config)
+    for name in ('data_dir', 'out', 'device'):
+        del settings[name]
+    settings |= {'model': Path(config.model).name, 'lr_milestones': list(config.lr_milestones),
+                 'source': source_digest(config.model), 'digest': dataset.digest}
+    clip = f.clip if f and 'clip(' in f.formula else None
+    return {'expression': f.expression if f else 'own', 'clip': clip, 'seed': seed, 'settings': settings}
+
+
+def retrain(candidate: Candidate, config: Training, dataset: data.Dataset, seed: int) -> dict[str, Any]:
+    """Train the network from scratch with this activation and test it once; the row of the ledger.
+
+    One module stands at all sites: the result is one function, its scalars too. It draws no random numbers, so that
+    the initial weights are the same for all activations of a seed.
+    """
+    key, module = run_key(candidate, config, dataset, seed), copy.deepcopy(candidate.activation)
+    seed_everything(seed)
+    model = network(config, lambda call=None: module or call, dataset).to(config.device)
+    batches = data.Batches(dataset, data.whole(dataset), config.batch_size, seed, True, config.context,
+                           config.device)
+    started = time.monotonic()
+    curve = train(model, batches, cross_entropy, config)
+    seconds, result = time.monotonic() - started, {}
+    if math.isfinite(curve[-1][1]):
+        test = data.test_batches(dataset, config.batch_size, config.context, config.device)
+        result = score(model, test, cross_entropy)
+    # a network that knows nothing scores log(classes); a loss ten times as high is no result either
+    if diverged := not result.get('loss', math.inf) <= 10 * math.log(dataset.classes):
+        result, curve = {}, curve[:-1]
+    return {'name': candidate.name, 'searched': candidate.searched, **key, 'diverged': diverged,
+            'test_loss': result.get('loss'), 'test_accuracy': result.get('accuracy'),
+            'train_loss': None if diverged else curve[-1][1], 'curve': curve, 'seconds': round(seconds, 1),
+            'ms_step': round(1e3 * seconds / config.steps, 2), 'device': config.device,
+            'threads': torch.get_num_threads(), 'torch': torch.__version__}
+
+
+def evaluate(candidates: Iterable[Candidate], config: Training, seeds: range) -> list[dict[str, Any]]:
+    """Train what the ledger lacks, seed by seed; the rows of this comparison."""
+    dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
+    ledger, rows, todo = Path(config.out), [], [(seed, c) for seed in seeds for c in candidates]
+    fields = ('expression', 'clip', 'seed', 'settings')
+    done = {json.dumps([row[f] for f in fields], sort_keys=True): row for row in read_ledger(ledger)}
+    for seed, c in todo:
+        word = json.dumps([run_key(c, config, dataset, seed)[f] for f in fields], sort_keys=True)
+        if word not in done:
+            done[word] = retrain(c, config, dataset, seed)
+            append(ledger, done[word])
+        row = done[word] | {'name': c.name, 'searched': c.searched}
+        rows.append(row)
+        left = (len(todo) - len(rows)) * row['seconds'] / 60
+        result = 'diverged' if row['diverged'] else f"{row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f}"
+        print(f'seed {seed}  {c.name[:50]:50s}  test loss {result}  {left:.0f} min left', flush=True)
+    return rows
+
+
+# ---- the command line ----
+
+def card(f: Activation) -> str:
+    """What a function is like, and its time for a million elements, forward and backward, beside ReLU."""
+    x = torch.linspace(-5, 5, 10001, requires_grad=True)
+    y = f(x)
+    slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)
+    p, d = torch.softmax(-x.square() / 2, 0), y.diff()
+    way = 'rising' if (d >= 0).all() else 'falling' if (d <= 0).all() else 'not monotone'
+    sample, times = torch.randn(1 << 20, requires_grad=True), {'this': [], 'relu': []}
+    for _ in range(9):  # in turn, so that a busy moment of the machine hits all of them
+        for function, seconds in zip((f, torch.relu), times.values()):
             begin = time.perf_counter()
-            output = function(sample) + 0 * sample if not f.expression.count('x') else function(sample)
-            middle = time.perf_counter()
-            output.backward(output.detach())
-            times[name][0].append(middle - begin)
-            times[name][1].append(time.perf_counter() - middle)
-    ms = {name: [1e3 * statistics.median(t) for t in both] for name, both in times.items()}
-    # of the sum with x, for functions that keep nothing
-    kept = {name: bytes_kept(lambda: function(sample), [sample])[0] / size for name, function in contestants.items()}
-    lines = [f'expression       {f.expression}', f'formula          {f.formula}',
-             f'range            {y.min().item():.4g} to {y.max().item():.4g} on [-5, 5]',
-             f'slope            {slope.min().item():.4g} to {slope.max().item():.4g}',
-             f"monotone         {'constant' if rising and falling else 'rising' if rising else 'falling' if falling else 'no'}",
-             f'under N(0, 1)    mean {moments[0]:.4g}, second moment {moments[1]:.4g}',
-             'a million inputs    forward     backward    kept for backward']
-    lines += [f'{name:18s}{ms[name][0]:6.2f} ms   {ms[name][1]:6.2f} ms   {kept[name]:5.1f} bytes an element   '
-              f"{sum(ms[name]) / sum(ms['relu']):.1f} x relu" for name in contestants]
-    return '\n'.join(lines)
+            function(sample).sum().backward()
+            seconds.append(time.perf_counter() - begin)
+    ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    return '\n'.join([f'f(x) = {f.formula}', f'expression     {f.expression}',
+                      f'on [-5, 5]     {y.min():.4g} to {y.max():.4g}, {way}',
+                      f'slope          {slope.min():.4g} to {slope.max():.4g}',
+                      f'under N(0, 1)  mean {(p * y).sum():.4g}, second moment {(p * y * y).sum():.4g}',
+                      *(f'{name:14s} {t:.2f} ms, {t / ms["relu"]:.1f} x relu' for name, t in ms.items())])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line.
+def nearest(f: Activation, ops: str) -> str:
+    """The formulas of a search space that come closest to a function: the best of each length, shortest first."""
+    lines = [f'{match.length:6d}  {100 * match.score:9.3f} %  {Activation(match.tree).formula}'
+             for match in space_of(ops).nearest(f) if match.front]
+    return '\n'.join(['length   distance  formula', *lines])
+
 
 def seeds_of(text: str) -> range:
     """'5' is 0 to 4; '10:20' is 10 to 19, so that several machines can share the work."""
     match = re.fullmatch(r'(?:(\d{1,9}):)?(\d{1,9})', text)
     seeds = range(int(match[1] or 0), int(match[2])) if match else range(0)
     if not seeds:
-        raise ValueError(f"--seeds '{text}': a number above 0 such as 5, or a range such as 10:20")
+        raise argparse.ArgumentTypeError(f'{text} is neither a number such as 5 nor a range such as 10:20')
     return seeds
 
 
-def evaluate(candidates: list[Candidate], config: Config, seeds: range, against: str, metric: Optional[str],
-             show: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Train what the ledger lacks, seed by seed so that every moment has a fair table, which is shown after each; the
-    rows of this comparison."""
-    dataset, ledger = data.load(config.data, config.data_dir, config.tokens), Path(config.out)
-    done = {identity(row): row for row in read_ledger(ledger)}
-    known = {nameless(row): row for row in done.values()}  # two searches may find one function: it is trained once
-    append(ledger, {})
-    rows = []
-    total, count, spent = len(seeds) * len(candidates), 0, []
-    for seed in seeds:
-        before = len(spent)
-        for candidate in candidates:
-            count += 1
-            wanted = {'name': candidate.name, 'expression': candidate.activation.expression, 'clip': candidate.activation.clip,
-                      'seed': seed, 'settings': settings(config)}
-            key, function = identity(wanted), nameless(wanted)
-            if key not in done:
-                if function not in known:
-                    known[function] = retrain(candidate, config, dataset, seed)
-                    spent.append(known[function]['seconds'])
-                done[key] = known[function] | {field: wanted[field] for field in ('name', 'clip')} | {'searched': candidate.searched}
-                append(ledger, done[key])
-            row = done[key]
-            rows.append(row)
-            left = f', {statistics.fmean(spent) * (total - count) / 60:.0f} min left' if spent else ', from the ledger'
-            result = 'diverged' if row['diverged'] else f"test loss {row['test_loss']:.4f}  accuracy {row['test_accuracy']:.4f}"
-            show(f"{count}/{total}  seed {seed}  {candidate.name:24s} {result}  {row['ms_step']:.0f} ms/step{left}")
-        if len(spent) > before and seed != seeds[-1]:
-            show(f'\n{report(rows, against, metric)}\n')
-    return rows
-
-
 def main(arguments: Optional[list[str]] = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument('activations', nargs='*', metavar='ACTIVATION', help=resolve.__doc__.split('\n')[0])
-    parser.add_argument('--seeds', default='3', help='how many, or a range such as 10:20')
-    parser.add_argument('--baselines', help='names with commas between, or none (default: the usual ones)')
-    parser.add_argument('--random', type=int, default=0, metavar='N', help='add N random cells: any search must beat them')
-    parser.add_argument('--against', help="reference of the differences (default: the model's standard activation)")
-    parser.add_argument('--metric', choices=['loss', 'accuracy'], help='(default: loss for text, accuracy for images)')
-    parser.add_argument('--report', nargs='+', metavar='LEDGER', help='print the table of these ledgers, train nothing')
-    parser.add_argument('--card', metavar='ACTIVATION', help='print what a function is like and costs, train nothing')
-    parser.add_argument('--figures', metavar='FOLDER', help='draw functions, seeds and curves there (needs matplotlib)')
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add('activations', nargs='*', metavar='ACTIVATION', help=resolve.__doc__)
+    add('--seeds', type=seeds_of, default='3', help='how many, or a range such as 10:20 (3)')
+    add('--baselines', default='relu,leaky_relu,elu,silu,gelu,relu2', help='names, or none (%(default)s)')
+    add('--random', type=number(0), default=0, help='functions drawn from the space: a search must beat them')
+    add('--report', nargs='+', metavar='LEDGER', help='print the tables of these ledgers, train nothing')
+    add('--plot', metavar='FILE', help='draw the comparison there, as PNG (needs matplotlib)')
+    add('--card', metavar='ACTIVATION', help='print what a function is like and costs, train nothing')
+    add('--nearest', metavar='ACTIVATION', help='print the formulas of the search space nearest to it')
+    add('--ops', default='base', help='of --nearest: base, periodic, swish, no-composites, names (base)')
+    parser.add_settings(Training, PRESETS)
     with one_line_errors(lambda: 'the same command goes on where it was'):
-        chosen, given = options(Config, parser, arguments)
-        config = configure(Config, PRESETS, chosen)
-        if given.card is not None:
-            print(card(resolve(given.card)))
-            return
-        if given.report:
-            if missing := [path for path in given.report if not Path(path).exists()]:
-                raise ValueError(f"cannot read {', '.join(missing)}: no such file; --report takes ledgers that exist")
-            rows = [row for path in given.report for row in read_ledger(Path(path))]
-            if not rows:
-                raise ValueError(f"no runs in {', '.join(given.report)}; a ledger is the file that --out names")
-            against = given.against and Path(given.against.replace(' ', '')).name  # a run folder is called by its name
-            if against:
-                valid('activation in --against', against, dict.fromkeys(row['name'] for row in rows))
-            print(report(rows, against, given.metric))
-            reference_name = against or STANDARD.get(rows[0]['settings'].get('model'), 'relu')
+        given = vars(parser.parse_args(arguments))
+        if given['card']:
+            print(card(resolve(given['card']).activation))
+        elif given['nearest']:
+            print(nearest(resolve(given['nearest']).activation, given['ops']))
         else:
-            reference = resolve(standard_of(config.model) if given.against is None else given.against)
-            reference_name = reference.name
-            if not 0 <= given.random <= 10_000:
-                raise ValueError(f'--random {given.random}: from 0 to 10,000')
-            kind = 'text' if config.data.startswith('tinystories') else 'image'
-            names = (given.baselines if given.baselines is not None else BASELINES[kind]).split(',')
-            names = [name for name in names if name not in ('none', '')] + [f'random_{k}' for k in range(given.random)]
-            candidates: dict[str, Candidate] = {}
-            for c in [reference, *map(resolve, [*given.activations, *names])]:
-                one = candidates.setdefault(c.name, c)
-                if (one.activation.expression, one.activation.clip) != (c.activation.expression, c.activation.clip):
-                    raise ValueError(f'two different functions are called {c.name}: rename one of the run folders')
-            rows = evaluate(list(candidates.values()), config, seeds_of(given.seeds), reference_name, given.metric,
-                            lambda line: print(line, flush=True))
-            print('\n' + report(rows, reference_name, given.metric))
-            print(f'\nledger: {config.out}   the table again: python evaluate.py --report {config.out}')
-        if given.figures is not None:
-            print(figures.evaluation(rows, reference_name, Path(given.figures)))
+            if given['report']:
+                rows = [row for path in given['report'] for row in read_ledger(Path(path))]
+                if not rows:
+                    raise ValueError(f"no runs in {', '.join(given['report'])}: give the file that --out named")
+            else:
+                config = configure(Training, PRESETS, given)
+                names = [name for name in given['baselines'].split(',') if name != 'none']
+                names = [*given['activations'], *names, *(f'random_{k}' for k in range(given['random']))]
+                standard = Candidate('own', None) if ':' in config.model else resolve(STANDARD[config.model])
+                candidates = {c.name: c for c in [standard, *map(resolve, names)]}
+                rows = evaluate(candidates.values(), config, given['seeds'])
+            print('\n' + report(rows))
+            if given['plot']:
+                print(comparison(rows, Path(given['plot'])))
 
 
 if __name__ == '__main__':

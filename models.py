@@ -1,80 +1,77 @@
-"""The networks, by hand, and `swap`, which puts sites into a network from elsewhere.
+"""Networks: ours by hand, and any other one, untouched, with sites in the place of its activations.
 
-    build('resnet20', nn.ReLU)            a plain network
-    build('resnet20', cell.site)          the same network with the relaxed cell in all of its 19 sites
-    swap(model, nn.ReLU, cell.site)       the same for a network from elsewhere
-
-Each network takes `activation`, a callable without arguments that makes one activation module a site.
+    build('resnet20', nn.ReLU)                         a plain network
+    build('resnet20', cell.site)                       the same with the relaxed cell in all of its 19 sites
+    replaced(model, lambda call: Found(), example)     any network, with the function that was found
 """
-import ast
+import functools
+import hashlib
+import importlib
 import inspect
-import textwrap
-import types
+import random
+import re
+import runpy
+import sys
+import traceback
 from collections import Counter
+from contextlib import ExitStack
+from modulefinder import ModuleFinder
 from pathlib import Path
-from typing import Any, Callable, Union
+from typing import Any, Callable, Optional
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ops import valid
+from ops import check_choice, did_you_mean
 
-MakeActivation = Callable[[], nn.Module]
-
-# The activation each network is known with: the baseline, and what a search warms up with.
-STANDARD = {'resnet20': 'relu', 'vit_tiny': 'gelu', 'minigpt': 'gelu', 'toy': 'relu'}
+Make = Callable[..., nn.Module]    # makes the module of one site
+conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+say_once = functools.cache(print)
 
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut, activation last (He et al., arXiv 1512.03385, section 4.2)."""
-
-    def __init__(self, activation: MakeActivation, inputs: int, outputs: int, stride: int):
+    def __init__(self, activation: Make, inputs: int, outputs: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.act1 = activation()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.act2 = activation()
-        self.stride, self.new_channels = stride, outputs - inputs
+        self.stride, self.new_channels = 1 if inputs == outputs else 2, outputs - inputs
+        self.body = nn.Sequential(
+            conv3x3(inputs, outputs, stride=self.stride), nn.BatchNorm2d(outputs), activation(),
+            conv3x3(outputs, outputs), nn.BatchNorm2d(outputs))
+        self.act = activation()
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
-        if self.new_channels:
-            # Option A: every second pixel, and zeros for the new channels. No parameters.
+        if self.new_channels:    # option A: every second pixel, and zeros for the new channels; no parameters
             shortcut = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, 0, self.new_channels))
-        x = self.act1(self.norm1(self.conv1(x)))
-        return self.act2(self.norm2(self.conv2(x)) + shortcut)
+        return self.act(self.body(x) + shortcut)
 
 
-class ResNet20(nn.Module):
-    """(n, channels, side, side) images -> (n, classes) logits. 269,722 parameters for 3 channels and 10 classes."""
-
-    def __init__(self, activation: MakeActivation, classes: int = 10, channels: int = 3):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
-        self.act = activation()
-        widths = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
-        self.blocks = nn.Sequential(*(Block(activation, *width) for width in widths))
-        self.head = nn.Linear(64, classes)
+class ResNet(nn.Sequential):
+    """(n, channels, side, side) images -> (n, classes) logits. depth = 6 k + 2, with depth - 1 sites."""
+    def __init__(self, activation: Make, depth: int = 20, classes: int = 10, channels: int = 3):
+        k = (depth - 2) // 6
+        widths = [16] * (k + 1) + [32] * k + [64] * k
+        super().__init__(conv3x3(channels, 16), nn.BatchNorm2d(16), activation(),
+                         *(Block(activation, *pair) for pair in zip(widths, widths[1:])),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight)
-        # channels_last makes convolutions on a CPU a fifth faster; every layer here keeps the layout it is given
+        # channels_last makes convolutions on a CPU a fifth faster; every layer keeps the layout it is given
         self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm(self.conv(x.contiguous(memory_format=torch.channels_last))))
-        return self.head(self.blocks(x).mean((2, 3)))
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then a multilayer perceptron of four times the width, a layer norm in front of each."""
-
-    def __init__(self, activation: MakeActivation, width: int, heads: int, causal: bool, dropout: float = 0.0,
+    """Attention, then a perceptron of four times the width, each after a layer norm. (n, tokens, width)."""
+    def __init__(self, activation: Make, width: int, heads: int, causal: bool, dropout: float = 0.0,
                  bias: bool = True):
         super().__init__()
         self.heads, self.causal, self.dropout = heads, causal, dropout
@@ -86,36 +83,29 @@ class TransformerBlock(nn.Module):
         self.act = activation()
         self.down = nn.Linear(4 * width, width, bias=bias)
 
-    def attention(self, x: Tensor) -> Tensor:
-        n, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,           # (n, heads, tokens, width / heads)
-                                           dropout_p=self.dropout if self.training else 0.0)
-        return self.project(y.transpose(1, 2).reshape(n, tokens, width))
-
     def forward(self, x: Tensor) -> Tensor:
-        x = x + F.dropout(self.attention(self.norm1(x)), self.dropout, self.training)
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,    # each (n, heads, tokens, -1)
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = self.project(y.transpose(1, 2).reshape(n, tokens, width))
+        x = x + F.dropout(y, self.dropout, self.training)
         return x + F.dropout(self.down(self.act(self.up(self.norm2(x)))), self.dropout, self.training)
 
 
-class ViTTiny(nn.Module):
-    """(n, channels, side, side) images -> (n, classes) logits. ViT-Ti (Touvron et al., arXiv 2012.12877): width 192,
-    12 blocks, 3 heads, with patches of 4 pixels for small images; a class token and learned positions.
-
-    Raises ValueError when the side is not a multiple of the patch.
-    """
-
-    def __init__(self, activation: MakeActivation, classes: int = 10, channels: int = 3, side: int = 32, patch: int = 4):
+class ViT(nn.Module):
+    """(n, channels, side, side) images -> (n, classes) logits. After Touvron et al., arXiv 2012.12877, with
+    small patches for small images. Raises ValueError when the patch does not divide the side."""
+    def __init__(self, activation: Make, width: int = 192, heads: int = 3, classes: int = 10,
+                 channels: int = 3, side: int = 32, patch: int = 4):
         super().__init__()
         if side < patch or side % patch:
-            raise ValueError(f'images of side {side} cannot be cut into patches of {patch}: choose a patch that divides it')
-        self.side, width = side, 192
+            raise ValueError(f'images of side {side} cannot be cut into patches of {patch}; use a multiple')
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, (side // patch) ** 2 + 1, width))
-        self.blocks = nn.Sequential(*(TransformerBlock(activation, width, heads=3, causal=False) for _ in range(12)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
+        self.blocks = nn.Sequential(*(TransformerBlock(activation, width, heads, False) for _ in range(12)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -123,79 +113,98 @@ class ViTTiny(nn.Module):
         nn.init.trunc_normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != (self.side, self.side):
-            raise ValueError(f'images of {x.shape[-2]}x{x.shape[-1]} for a vit_tiny built with side={self.side}')
-        x = self.patches(x).flatten(2).transpose(1, 2)                               # (n, patches, width)
+        x = self.patches(x).flatten(2).transpose(1, 2)    # (n, patches, width)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
-class MiniGPT(nn.Module):
-    """(n, time) token indices -> (n, time, vocabulary) logits; time at most `context`. After nanoGPT: 3 blocks,
-    3 heads, width 192, biases in the layer norms only, output weights tied to the embedding, residual projections
-    scaled at the start."""
-
-    def __init__(self, activation: MakeActivation, vocabulary: int = 256, context: int = 128, dropout: float = 0.0):
+class GPT(nn.Module):
+    """(n, time) tokens -> (n, time, vocabulary) logits; time at most `context`. After nanoGPT: biases in the
+    layer norms only, output weights tied to the embedding, residual projections scaled at the start."""
+    def __init__(self, activation: Make, depth: int = 3, heads: int = 3, width: int = 192,
+                 vocabulary: int = 256, context: int = 128, dropout: float = 0.0):
         super().__init__()
-        width, depth = 192, 3
-        self.context, self.dropout = context, dropout
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(TransformerBlock(activation, width, heads=3, causal=True, dropout=dropout, bias=False)
+        self.dropout = dropout
+        self.embedding, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(TransformerBlock(activation, width, heads, True, dropout, bias=False)
                                       for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embedding.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # two additions to the residual stream a block: without the factor its variance grows with depth
+                # a block adds to the residual stream twice: without the factor its variance grows with depth
                 residual = name.endswith(('project.weight', 'down.weight'))
                 nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if residual else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        time = tokens.shape[1]
-        if time > self.context:
-            raise ValueError(f'{time} tokens for a minigpt built with context={self.context}')
-        x = self.embedding(tokens) + self.position.weight[:time]
+        x = self.embedding(tokens) + self.position.weight[:tokens.shape[1]]
         return self.head(self.norm(self.blocks(F.dropout(x, self.dropout, self.training))))
+
+
+class RNN(nn.Module):
+    """(n, time) tokens -> (n, time, vocabulary) logits. One recurrent layer: Elman's or, `gated`, a GRU (Cho
+    et al., arXiv 1406.1078), computed as torch.nn.RNN and torch.nn.GRU do. The site is their tanh."""
+    def __init__(self, activation: Make, gated: bool = False, vocabulary: int = 256, width: int = 256):
+        super().__init__()
+        self.gated, self.width, self.act = gated, width, activation()
+        self.embedding, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+        self.input, self.hidden = (nn.Linear(width, 3 * width if gated else width) for _ in range(2))
+        for weight in self.hidden.weight.data.split(width):
+            nn.init.orthogonal_(weight)    # the state keeps its length, also without the bounds of tanh
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.input(self.embedding(tokens))
+        h, states = x.new_zeros(len(x), self.width), []
+        for a in x.unbind(1):    # (n, width), or three of them side by side: reset, update, new
+            b = self.hidden(h)
+            if self.gated:
+                (ar, az, an), (br, bz, bn) = a.chunk(3, 1), b.chunk(3, 1)
+                z = torch.sigmoid(az + bz)
+                h = (1 - z) * self.act(an + torch.sigmoid(ar + br) * bn) + z * h
+            else:
+                h = self.act(a + b)
+            states.append(h)
+        return self.head(torch.stack(states, 1))
 
 
 class Toy(nn.Module):
     """(n, ...) inputs, flattened -> (n, outputs). One hidden layer: for tests, and for planted functions."""
-
-    def __init__(self, activation: MakeActivation, inputs: int = 16, hidden: int = 64, outputs: int = 1):
+    def __init__(self, activation: Make, inputs: int = 16, hidden: int = 64, outputs: int = 1):
         super().__init__()
-        self.first = nn.Linear(inputs, hidden)
-        self.act = activation()
-        self.last = nn.Linear(hidden, outputs)
+        self.first, self.act, self.last = nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.act(self.first(x.flatten(1))))
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {'resnet20': ResNet20, 'vit_tiny': ViTTiny, 'minigpt': MiniGPT, 'toy': Toy}
+MODELS: dict[str, Make] = {
+    **{f'resnet{depth}': functools.partial(ResNet, depth=depth) for depth in (20, 32, 44, 56, 110)},
+    **{f'vit_{size}': functools.partial(ViT, width=64 * heads, heads=heads)
+       for size, heads in (('tiny', 3), ('small', 6), ('base', 12))},
+    **{f'{size}gpt': functools.partial(GPT, depth=heads, heads=heads, width=64 * heads)
+       for size, heads in (('mini', 3), ('tiny', 6), ('small', 9))},
+    'elman': RNN, 'gru': functools.partial(RNN, gated=True), 'toy': Toy}
+# the activation that a network is known with: the baseline, and what a search warms up with
+STANDARD = {name: {ViT: 'gelu', GPT: 'gelu', RNN: 'tanh'}.get(getattr(make, 'func', make), 'relu')
+            for name, make in MODELS.items()}
 
 
-def build(name: str, activation: MakeActivation, **shape: int) -> nn.Module:
-    """The network of that name, its sites filled by `activation`. shape: see the class. Raises ValueError."""
-    valid('model', name, MODELS)
+def build(name: str, activation: Make, **shape: Any) -> nn.Module:
+    """The network of that name, its sites made by `activation`. shape: see the class. Raises ValueError."""
+    check_choice('model', name, MODELS)
     return MODELS[name](activation, **shape)
 
 
-def teacher_and_student(planted: MakeActivation, searched: MakeActivation, inputs: int = 16,
-                        hidden: int = 64) -> tuple[Toy, Toy]:
-    """A teacher with the planted activation, and a student that shares its first layer, for good, and learns the rest.
-
-    With a free first layer the answer is not unique: a wrong function then fits to a mean squared error of 0.003. The
-    first layer has rows of length 1, so that for inputs ~ N(0, 1) the activation sees N(0, 1).
-    """
-    teacher, student = (Toy(activation, inputs, hidden, outputs=1) for activation in (planted, searched))
+def teacher_and_student(planted: Make, searched: Make, inputs: int = 16, hidden: int = 64) -> tuple[Toy, Toy]:
+    """A teacher with the planted activation; a student that keeps its first layer and learns the rest: were
+    that layer free, wrong functions would fit, too. Its rows have length 1: N(0, 1) inputs stay N(0, 1)."""
+    teacher, student = (Toy(activation, inputs, hidden) for activation in (planted, searched))
     with torch.no_grad():
         teacher.first.weight.copy_(F.normalize(torch.randn(hidden, inputs), dim=1))
         teacher.first.bias.zero_()
         teacher.last.weight.normal_()
         teacher.last.bias.zero_()
-        # Targets of mean 0 and variance 1: then one set of learning rates suits all planted functions.
+        # targets of mean 0 and variance 1: then one set of learning rates suits all planted functions
         y = teacher(torch.randn(8192, inputs))
         teacher.last.bias.copy_(-y.mean() / y.std().clamp(min=1e-6))
         teacher.last.weight.div_(y.std().clamp(min=1e-6))
@@ -204,77 +213,272 @@ def teacher_and_student(planted: MakeActivation, searched: MakeActivation, input
     return teacher.eval().requires_grad_(False), student
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks of other people.
+# ---- any other network ----
 
-def swap(model: nn.Module, kind: Union[type[nn.Module], tuple[type[nn.Module], ...]], make: MakeActivation) -> int:
-    """Replace every activation of that kind (or kinds) inside `model`; returns how many.
+ACTIVATIONS = ('relu', 'relu6', 'hardtanh', 'gelu', 'silu', 'leaky_relu', 'elu', 'selu', 'celu', 'hardswish',
+               'mish', 'softplus', 'softsign', 'threshold', 'hardshrink', 'softshrink', 'tanhshrink')
+GATES = ('sigmoid', 'tanh', 'hardsigmoid', 'clamp', 'clamp_min')    # sites only where `only` names them
+KNOWN = re.compile('|'.join(ACTIVATIONS + GATES) + '|[pr]relu|glu|log_sigmoid|(log_)?softmax'
+                   '|(lstm|gru|rnn_tanh|rnn_relu)(_cell)?')    # the others of these are always left alone
+RECOMPUTED = 'torch.utils.checkpoint calls activations again in backward, out of reach: switch it off'
+FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')
 
-        swap(model, nn.ReLU, cell.site)          before a search
-        swap(model, nn.ReLU, Found)              with what it found
 
-    Each name gets a new one, also where several names hold one module. A block that stands in two places stays one
-    block, and an activation that one forward calls twice stays one activation.
-    Raises ValueError, and changes nothing, when there is none, and when the model calls that activation as a function,
-    F.relu(x) or x.relu(), which nobody can replace from outside: the message says in which lines.
+def counted(names: Counter) -> str:
+    return ', '.join(f'{count} {name}' for name, count in names.most_common() if count) or 'nothing'
+
+
+class Function(nn.Module):
+    """A function of one tensor as a module."""
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.forward = function
+
+
+class Catch(TorchFunctionMode):
+    """One forward pass of a `Replaced`: every activation call goes to its site, known by the modules around it
+    and the number of calls before it there: so a pass may skip a block, or take a new branch."""
+    def __init__(self, owner: 'Replaced', record: Optional['Record'] = None):
+        super().__init__()
+        self.owner, self.record, self.path, self.count = owner, record, [], Counter()
+
+    def enter(self, module: nn.Module, _: Any) -> None:    # the name of one made in `forward` is its class
+        self.path.append(self.owner.names.get(module, type(module).__name__))
+
+    def leave(self, *_: Any) -> None:
+        self.path.pop()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        owner, record, kwargs = self.owner, self.record, dict(kwargs or {})
+        raw, _, kernel = getattr(function, '__name__', '').partition('.')    # of a kernel 'relu.default'
+        name = raw.strip('_')    # of F.relu, torch.relu_, Tensor.relu, torch.ops.aten.relu 'relu'
+        if kernel or not KNOWN.fullmatch(name):
+            if record and (name in owner.kinds or FUSED.match(name) and name not in ACTIVATIONS):
+                record.hidden[f"{name} in {self.path[-1] or 'the network'}"] += 1
+            return function(*args, **kwargs)
+        x, *rest = args or [kwargs.pop('input')]
+        if name == 'hardtanh' and (0, 6) in (tuple(rest[:2]), (kwargs.get('min_val'), kwargs.get('max_val'))):
+            name = 'relu6'       # nn.ReLU6 arrives like this
+        place = (*self.path, name)
+        key = (*place, self.count[place])
+        self.count[place] += 1
+        taken = name in owner.kinds and x.is_floating_point()
+        if record and taken and owner.model.training and not torch.is_grad_enabled():
+            owner.alone.add(key)    # a frozen part, or the inside of a torch.autograd.Function
+        if not taken or key in owner.alone:
+            owner.left[name + ' without gradient' * taken] += bool(record and owner.model.training)
+            return function(x, *rest, **kwargs)
+        in_place = kwargs.get('inplace', False) or raw.endswith('_')
+        if in_place and key not in owner.index and not record:
+            owner.written.add(key)
+        # subtle: in place, but on a copy: out of place the gradient of ELU differs in the last bit
+        site = owner.site(key, lambda v: function(v.clone() if in_place else v, *rest, **kwargs))
+        if key in owner.written:
+            return x.copy_(site(x.clone()))
+        y = site(x)
+        if record and in_place:     # x is kept, lest another tensor gets its address
+            record.overwritten[x.untyped_storage().data_ptr()] = key, x
+        return y
+
+
+class Record(TorchDispatchMode):
+    """Sees all kernels while the calls are recorded, and hands them to the `Catch`: an activation that came by
+    no call (torch.jit, C++) is out of reach. Where a kernel reads again what a call in place should have
+    changed, the site of that call has to change it, too."""
+    supports_higher_order_operators = True
+
+    def __init__(self, owner: 'Replaced'):
+        super().__init__()
+        self.owner, self.overwritten, self.hidden = owner, {}, Counter()
+
+    def read(self, values: Any) -> None:
+        for x in tree_leaves(values):
+            if isinstance(x, Tensor) and x.layout == torch.strided:
+                key, _ = self.overwritten.get(x.untyped_storage().data_ptr(), (None, None))
+                self.owner.written.update([key] if key else [])
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.read((args, kwargs))
+        return function(*args, **(kwargs or {}))
+
+
+class Replaced(nn.Module):
+    """Any network, untouched, with a site in the place of every activation that it calls, module or function.
+
+    make:    takes the original call, a function of one tensor, and returns the module or function of its site
+    example: an input, or a tuple of them; the calls are recorded with it, in training and in eval mode
+    only:    names of activations, with commas between; the others are left alone
+    Raises ValueError when there is no such activation, or one that is out of reach.
     """
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    names = ' or '.join(f'nn.{k.__name__}' for k in kinds)
-    if isinstance(model, kinds):
-        raise ValueError(f'the model is itself {names}: there is no network around it')
-    if calls := functional_uses(model, kinds):
-        raise ValueError(f'{names} cannot be swapped while the model calls it as a function: {"; ".join(calls)}; '
-                         f'make it a module, such as self.act = nn.{kinds[0].__name__}(), and call that')
-    places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items()
-              if isinstance(child, kinds)]  # named_children() would name a shared module only once
-    if not places:
-        there = Counter(type(m).__name__ for m in model.modules() if type(m).__module__ == 'torch.nn.modules.activation')
-        raise ValueError(f'the model has no {names} to swap; its activation modules: '
-                         f'{", ".join(f"{name} ({count})" for name, count in there.items()) or "none"}')
-    for parent, name in places:
-        setattr(parent, name, make())
-    return len(places)
+    def __init__(self, model: nn.Module, make: Callable, example: Any, only: Optional[str] = None):
+        super().__init__()
+        self.kinds = [name.strip() for name in only.split(',')] if only else ACTIVATIONS
+        for name in self.kinds:
+            check_choice('activation in only', name, ACTIVATIONS + GATES)
+        self.model, self.make, self.sites, self.left = model, Function, nn.ModuleList(), Counter()
+        self.index, self.alone, self.written = {}, set(), set()    # by the key of a call, see Catch
+        self.names = {m: name for name, m in model.named_modules()}
+        record, args = Record(self), example if isinstance(example, tuple) else (example,)
+        self.outputs = [self.probe(training, record, args) for training in (True, False)]
+        if record.hidden or any(isinstance(m, nn.DataParallel) and m.device_ids[1:] for m in self.names):
+            raise ValueError(f'activations out of reach, in torch.jit, nn.DataParallel or a fused operation: '
+                             f'{counted(record.hidden)}; give the network without it')
+        if not self.sites:
+            raise ValueError(f"the network calls no activation to replace ({self.describe()}); name one of "
+                             f"{', '.join(GATES)} with only to replace it")
+        calls, self.make, self.index, self.sites = zip(self.index, self.sites), make, {}, nn.ModuleList()
+        for key, recorded in calls:
+            self.site(key, recorded.forward)
+
+    def site(self, key: tuple, call: Callable[[Tensor], Tensor]) -> nn.Module:
+        """The site of that call, made when it is new."""
+        if key not in self.index:
+            site, device = self.make(call), next((p.device for p in self.model.parameters()), None)
+            site = site if isinstance(site, nn.Module) else Function(site)
+            self.index[key] = len(self.sites)
+            self.sites.append(site.to(device).train(self.training))
+        return self.sites[self.index[key]]
+
+    def probe(self, training: bool, record: Record, args: tuple) -> tuple[int, ...] | str:
+        """The shape or type of the network's output. No trace is left in it and in the random numbers."""
+        ready = [m for m in self.names if not hasattr(m, 'cls_to_become')]    # lazy modules take their shape
+        attributes = {m: dict(vars(m)) for m in ready}
+        buffers = {key: b.clone() for key, b in self.model.named_buffers() if not is_lazy(b)}
+        cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
+        python, numpy = random.getstate(), np.random.get_state()
+        try:
+            with (torch.random.fork_rng(cuda), torch.set_grad_enabled(training), record,
+                  torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTED)):
+                self.model.train(training)
+                output = self.run(Catch(self, record), torch.func.functional_call, self.model, buffers, args)
+                record.read(output)
+                return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for m, old in attributes.items():
+                vars(m).clear()
+                vars(m).update(old)
+
+    def run(self, catch: Catch, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """function(*args) with its calls caught, and PyTorch's short cuts around activations off."""
+        with ExitStack() as stack:
+            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.callback(register_module_forward_pre_hook(catch.enter).remove)
+            stack.callback(register_module_forward_hook(catch.leave, always_call=True).remove)
+            if 'torch._dynamo' in sys.modules:
+                stack.enter_context(torch.compiler.set_stance('force_eager'))
+            stack.enter_context(catch)
+            return function(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(Catch(self), self.model, *args, **kwargs)
+
+    def describe(self) -> str:
+        """'35 sites: 19 hardswish, 16 relu; left alone: 9 hardsigmoid'."""
+        n, names = len(self.sites), Counter(name for *_, name, _ in self.index)
+        left = f'; left alone: {counted(self.left)}' if any(self.left.values()) else ''
+        return f"{n} site{'s' * (n != 1)}: {counted(names)}{left}"
 
 
-def functional_uses(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    """Where the model uses an activation of these kinds as a function: 'resnet.py, line 12: F.relu(...)'.
+replaced = Replaced
 
-    Read from the methods of the model's own classes, whatever calls them; helpers outside of a class are not followed.
+
+# ---- the network that --model names ----
+
+def own_file(model: str) -> tuple[Path, str]:
+    path, _, function = model.rpartition(':')
+    if not path.endswith('.py') or not Path(path).expanduser().is_file():
+        raise ValueError(f'--model {model}: no such file; write path/to/file.py:function')
+    return Path(path).expanduser().resolve(), function
+
+
+def own_network(model: str) -> nn.Module:
+    """What 'path/to/file.py:function' returns. The file is run: it is the user's own code. The files beside
+    it come before ours of the same name, and are read anew."""
+    file, name = own_file(model)
+    beside = {p.stem for p in file.parent.iterdir() if p.is_dir() or p.suffix == '.py'}
+    ours = {p.stem for p in Path(__file__).resolve().parent.glob('*.py') if p.parent != file.parent}
+    modules, bytecode = dict(sys.modules), sys.dont_write_bytecode
+    for key in beside & ours:
+        sys.modules.pop(key, None)
+    sys.path.insert(0, str(file.parent))
+    sys.dont_write_bytecode = True    # else a second change within a second would be overlooked
+    importlib.invalidate_caches()
+    try:
+        functions = runpy.run_path(str(file))
+        if not callable(functions.get(name)):
+            raise ValueError(f"there is no function '{name}' in it{did_you_mean(name, functions)}")
+        return functions[name]()
+    finally:
+        sys.path.remove(str(file.parent))
+        sys.dont_write_bytecode = bytecode
+        for key in set(sys.modules) - set(modules):
+            if key.split('.')[0] in beside:
+                del sys.modules[key]
+        sys.modules.update(modules)
+
+
+def source_digest(model: str) -> str:
+    """A checksum of the user's file and the Python files beside it that it imports; '' for other networks."""
+    if model in MODELS or model.startswith('torchvision:'):
+        return ''
+    file, _ = own_file(model)
+    finder = ModuleFinder(path=[str(file.parent)])
+    finder.run_script(str(file))
+    files = sorted({m.__file__ for m in finder.modules.values() if m.__file__})
+    return hashlib.sha256(b''.join(Path(path).read_bytes() for path in files)).hexdigest()[:8]
+
+
+def torchvision_network(model: str, dataset: Any) -> nn.Module:
+    """'torchvision:name', a classification network, with new weights and the data set's classes."""
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError):
+        raise ValueError('torchvision is missing, or not for this torch; pip install torchvision') from None
+    name = model.removeprefix('torchvision:')
+    check_choice('network of torchvision', name, models.list_models(module=models))
+    say_once(f'note: {name} is made for 224 pixels; its strides leave little of {dataset.side}',
+             file=sys.stderr)
+    shape = dict(image_size=dataset.side) if name.startswith('vit_') else {}
+    if name in ('googlenet', 'inception_v3'):
+        shape = dict(aux_logits=False, init_weights=True)
+    return models.get_model(name, weights=None, num_classes=dataset.classes, **shape)
+
+
+def network(config: Any, make: Make, dataset: Any) -> nn.Module:
+    """The network of config.model in the shape of the data set (kind, classes, channels, side, train, name).
+
+    Ours, by name, has sites made by make(). 'file.py:function' and 'torchvision:name' go through `replaced`,
+    with make(call) and config.only. Raises ValueError when it does not go with the data.
     """
-    def fits(name: str) -> bool:  # leaky_relu and leaky_relu_ for LeakyReLU
-        return name.replace('_', '').lower() in {kind.__name__.lower() for kind in kinds}
-
-    def is_use(call: ast.Call, names: dict[str, Any]) -> bool:
-        function = call.func
-        if isinstance(function, ast.Name):                          # relu(x), after `from ... import relu`
-            return fits(function.id) and callable(names.get(function.id))
-        if not isinstance(function, ast.Attribute) or not fits(function.attr):
-            return False
-        root = function.value
-        while isinstance(root, ast.Attribute):
-            root = root.value
-        if isinstance(root, ast.Name) and isinstance(names.get(root.id), types.ModuleType):
-            return True                                             # F.relu(x), torch.nn.functional.relu(x), nn.ReLU()(x)
-        itself = isinstance(function.value, ast.Name) and function.value.id == 'self'
-        return not call.args and not itself                         # x.relu(), but neither self.relu(x) nor block.relu(x)
-
-    uses, seen = [], set()
-    for path, module in model.named_modules():
-        if isinstance(module, kinds):
-            continue
-        uses += [f'{path}.{name} is the function {value.__name__}'.lstrip('.') for name, value in vars(module).items()
-                 if inspect.isroutine(value) and fits(value.__name__)]
-        for cls in type(module).__mro__:
-            if cls in seen or cls.__module__.startswith('torch.'):
-                continue
-            seen.add(cls)
-            for method in (m for name, m in vars(cls).items() if inspect.isfunction(m) and name != '__init__'):
-                try:
-                    lines, first = inspect.getsourcelines(method)
-                    tree = ast.parse(textwrap.dedent(''.join(lines)))
-                except (OSError, SyntaxError):
-                    continue  # typed into a console, or compiled
-                file = Path(method.__code__.co_filename).name
-                uses += [f'{file}, line {first + node.lineno - 1}: {ast.unparse(node.func)}(...)' for node in ast.walk(tree)
-                         if isinstance(node, ast.Call) and is_use(node, method.__globals__)]
-    return uses
+    model, only, text = config.model, getattr(config, 'only', None), dataset.kind == 'text'
+    what = f'--model {model} with --data {dataset.name}'
+    if model in MODELS:
+        takes = inspect.signature(MODELS[model]).parameters
+        if ('vocabulary' in takes) != text:
+            raise ValueError(f"{what}: this network reads {'images' if text else 'text'}")
+        if only:
+            raise ValueError(f'{what}: leave out --only {only}, this network has one kind of activation')
+        n, shape = dataset.classes, dict(context=config.context, dropout=config.dropout)
+        shape |= dict(vocabulary=n) if text else dict(
+            classes=n, outputs=n, channels=dataset.channels, side=dataset.side,
+            inputs=dataset.channels * dataset.side ** 2)
+        return build(model, make, **{key: value for key, value in shape.items() if key in takes})
+    own = '.py' in model
+    if not own and not model.startswith('torchvision:'):
+        check_choice('model', model, [*MODELS, 'torchvision:NAME', 'FILE.py:FUNCTION'])
+    x = dataset.train[:config.context].long().repeat(2, 1) if text else dataset.train[0][:2].float() / 255
+    wanted = (*x.shape, dataset.classes) if text else (2, dataset.classes)
+    try:
+        other = replaced(own_network(model) if own else torchvision_network(model, dataset), make, x, only)
+        for mode, got in zip(('training', 'eval'), other.outputs):
+            if got != wanted:
+                raise ValueError(f'given {tuple(x.shape)}, it returns {got} in {mode} mode; wanted: {wanted}')
+    except (Exception, SystemExit) as error:
+        lines = [f'{Path(f.filename).name}, line {f.lineno}, ' for f in traceback.extract_tb(error.__traceback__)
+                 if f.filename != __file__ and 'site-packages' not in f.filename]    # of the user's code
+        kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+        raise ValueError(f"{what}: {''.join(lines[-1:])}{kind}{(str(error).splitlines() or [''])[0]}") from error
+    return other

@@ -1,0 +1,191 @@
+"""What a comparison says, as a table and a picture, and the picture of a search. Pictures need matplotlib."""
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from activation import Activation, named
+from models import STANDARD
+
+# Student's t with 1, 2, 3 ... degrees of freedom has 95 % of its mass in [-t, t].
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # told apart by all eyes
+STYLES = ('-', '--', '-.', ':')
+
+
+def compare(values: dict[int, float], reference: dict[int, float]) -> tuple[int, float, float]:
+    """Paired differences of a metric by seed, over the seeds that both have: how many, their mean, and half the width
+    of its 95 % interval (infinite for one seed)."""
+    d = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
+    if len(d) < 2:
+        return len(d), d[0] if d else math.nan, math.inf
+    k = len(d) - 1
+    t = T95[k - 1] if k <= len(T95) else 1.96 + 2.37 / k + 2.9 / k ** 2  # within 0.002
+    return len(d), statistics.fmean(d), t * statistics.stdev(d) / math.sqrt(len(d))
+
+
+def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """The rows by name and seed."""
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row['name'], {})[row['seed']] = row
+    return groups
+
+
+def table(rows: list[dict[str, Any]], reference: str, metric: str) -> str:
+    """The table of comparable rows, the best first, as text that is also Markdown."""
+    groups, key = by_name(rows), f'test_{metric}'
+    other, sign = ('loss', 1) if metric == 'accuracy' else ('accuracy', -1)  # sign: more is better, or less
+
+    def column(name: str, key: str) -> dict[int, float]:
+        return {seed: row[key] for seed, row in groups.get(name, {}).items() if not row['diverged']}
+
+    def spread(values: dict[int, float]) -> str:
+        v = list(values.values()) or [math.nan]
+        return f'{statistics.fmean(v):.4f}' + (f' +- {statistics.stdev(v):.4f}' if len(v) > 1 else '')
+
+    def place(name: str) -> float:
+        return -sign * statistics.fmean(column(name, key).values() or [-sign * math.inf])
+
+    lines = [['activation', 'seeds', f'test {metric}', f'minus {reference}', '95 % interval', 'wins',
+              f'test {other}', 'train loss', 'ms/step', 'diverged']]
+    for name in sorted(groups, key=place):
+        mine, base, group = column(name, key), column(reference, key), groups[name].values()
+        n, mean, half = compare(mine, base)
+        wins = sum(sign * (mine[seed] - base[seed]) > 0 for seed in mine.keys() & base.keys())
+        interval = f'{mean - half:+.4f} to {mean + half:+.4f}' if n > 1 else '-'
+        judged = ['', '', ''] if name == reference else [f'{mean:+.4f}', interval, f'{wins}/{n}']
+        milliseconds = statistics.median(row['ms_step'] for row in group)
+        lines.append([name, str(len(group)), spread(mine), *judged, spread(column(name, f'test_{other}')),
+                      spread(column(name, 'train_loss')), f'{milliseconds:.0f}',
+                      str(sum(row['diverged'] for row in group))])
+    widths = [max(map(len, words)) for words in zip(*lines)]
+    lines.insert(1, ['-' * width for width in widths])
+    return '\n'.join('| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines)
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """A table for every group of rows with the same settings."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(row['settings'], sort_keys=True), []).append(row)
+    text = []
+    for group in groups.values():
+        s = group[0]['settings']
+        metric = 'loss' if s['data'].startswith('tinystories') else 'accuracy'
+        text += [f"{s['model']} on {s['data']}, preset {s['preset']}, {s['steps']} steps of "
+                 f"{s['batch_size'] * s['accumulate']}, lr {s['lr']:g}",
+                 table(group, STANDARD.get(s['model'], 'own'), metric)]
+    return '\n\n'.join(text)
+
+
+# ---- pictures ----
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, set up to draw into files. Raises ValueError where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError('pictures need matplotlib: pip install matplotlib') from None
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
+    return plt
+
+
+def curve(f: Activation) -> tuple[list[float], list[float]]:
+    x = torch.linspace(-4, 4, 401)
+    with torch.no_grad():
+        return x.tolist(), f(x).tolist()
+
+
+def search(folder: Path) -> Path:
+    """Draw search.png of a run from its log: the function over the steps, the losses, the weights by choice point."""
+    plt, result, found = pyplot(), folder / 'activation.json', None
+    rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+    config, steps = rows[0]['config'], [row for row in rows if 'weights' in row]
+    if not steps:
+        raise ValueError(f'{folder}/log.jsonl holds no step yet; wait a little')
+    if result.exists():
+        found = Activation(json.loads(result.read_text(encoding='utf-8'))['expression'], config['clip'])
+    standard = named(STANDARD.get(config['model'], 'relu'))
+    title = f"{Path(config['model']).name} on {config['data']}, seed {config['seed']}"
+    title += f':  f(x) = {found.formula}' if found else f":  step {steps[-1]['step']} of {config['steps']}"
+    figure = plt.figure(figsize=(12, 11), layout='constrained')
+    figure.suptitle(title, fontsize=min(15.0, max(7.0, 1400 / len(title))))
+    above, below = figure.subfigures(2, 1, height_ratios=(1.1, 2))
+    functions, losses = above.subplots(1, 2)
+
+    colours = plt.get_cmap('viridis_r')  # its lightness falls from first to last: it survives print in grey
+    drawn = steps[::max(1, len(steps) // 14)]
+    for row in drawn:
+        x = torch.linspace(-4, 4, len(row['curve']))
+        functions.plot(x, row['curve'], color=colours(row['step'] / config['steps']), linewidth=1.5)
+    functions.plot(*curve(standard), 'k:', linewidth=1.8, label=f'{standard.formula}, the standard')
+    heights = [v for row in drawn for v in row['curve']]
+    if found:
+        functions.plot(*curve(found), 'k--', linewidth=2.2, label='found')
+        heights += curve(found)[1]
+    functions.set(xlabel='input x', ylabel='output', title='the relaxed function over the search',
+                  ylim=(max(min(heights), -4) - 0.3, min(max(heights), 6) + 0.3))  # a steep end flattens nothing
+    functions.legend(loc='upper left')
+    above.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, config['steps']), colours), ax=functions, label='step')
+
+    for name, colour, style in (('train_loss', '#E69F00', '-'), ('val_loss', '#0072B2', '--')):
+        points = [(row['step'], row[name]) for row in steps if row[name] is not None] or [(0, math.nan)]
+        losses.plot(*zip(*points), label=name.replace('_', ' '), color=colour, linestyle=style)
+    losses.set(xlabel='step', ylabel='squared error' if config['teacher'] else 'nats', title='losses')
+    losses.legend()
+
+    choices = steps[0]['weights']
+    for axis, choice in zip(below.subplots(math.ceil(len(choices) / 3), 3).flat, choices):
+        weights: dict[str, list[tuple[int, float]]] = {}
+        for row in steps:
+            for name, weight in row['weights'][choice].items():
+                weights.setdefault(name, []).append((row['step'], weight))
+        order = sorted(weights, key=lambda name: (len(weights[name]), weights[name][-1][1]), reverse=True)
+        for rank, name in reversed(list(enumerate(order))):
+            named_line = dict(color=COLOURS[rank % 7], linestyle=STYLES[rank % 4], linewidth=2, label=name)
+            look = named_line if rank < 5 else dict(color='0.75', linewidth=0.8)
+            axis.plot(*zip(*weights[name]), **look)
+            if len(weights[name]) < len(steps):  # a cross where it was dropped
+                axis.plot(*weights[name][-1], 'x', color=look['color'], markersize=5)
+        axis.set(xlabel='step', ylabel='weight', title=choice, yscale='log', ylim=(0.008, 1.4))
+        handles, labels = axis.get_legend_handles_labels()
+        axis.legend(handles[::-1], labels[::-1], fontsize=11, loc='upper left')
+    figure.savefig(folder / 'search.png', dpi=100)
+    plt.close(figure)
+    return folder / 'search.png'
+
+
+def comparison(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Draw the functions of an evaluation, their training curves, and by seed how they differ from the reference."""
+    plt, groups = pyplot(), by_name([row for row in rows if not row['diverged']])
+    model = rows[0]['settings']['model']
+    reference = STANDARD.get(model, 'own')
+    mean = {name: statistics.fmean(row['test_loss'] for row in group.values()) for name, group in groups.items()}
+    names = sorted(groups, key=lambda name: (name != reference, mean[name]))[:7]  # more cannot be told apart
+    figure, (functions, curves, differences) = plt.subplots(1, 3, figsize=(15, 4.6), layout='constrained')
+    for k, name in enumerate(names):
+        group, look = list(groups[name].values()), dict(color=COLOURS[k], linestyle=STYLES[k % 4])
+        if group[0]['expression'] != 'own':
+            f = Activation(group[0]['expression'], group[0]['clip'])
+            functions.plot(*curve(f), label=f.formula if len(f.formula) < 40 else name[:40], **look)
+        columns = zip(*(row['curve'] for row in group))
+        curves.plot(*zip(*((points[0][0], statistics.fmean(p[1] for p in points)) for points in columns)), **look)
+        common = groups[name].keys() & groups.get(reference, {}).keys()
+        d = [groups[name][seed]['test_loss'] - groups[reference][seed]['test_loss'] for seed in common]
+        differences.plot(d, [k] * len(d), 'o', color=COLOURS[k])
+    functions.set(xlabel='x', ylabel='f(x)', ylim=(-2, 4), title='functions')
+    functions.legend(fontsize=10, loc='upper left')
+    curves.set(xlabel='step', ylabel='training loss (nats)', title=f'{model}, mean over seeds')
+    differences.axvline(0, color='0.6', linewidth=1)
+    differences.set(xlabel=f'test loss minus that of {reference}, a dot a seed', title='left is better')
+    differences.set_yticks(range(len(names)), [name[:24] for name in names])
+    differences.invert_yaxis()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
