@@ -81,7 +81,7 @@ def parse(text: str) -> Tree:
         op, n = ALL[part.func.id], arity(ALL[part.func.id])
         scalars = [ast.unparse(given) for given in part.args[n:]]
         if not (n <= len(part.args) <= n + (op.scalar is not None) and all(map(NUMBER.fullmatch, scalars))):
-            raise ValueError(f"{op.name} is written {write(Node(op, ('x',) * n, op.scalar))}, below 1e30")
+            raise ValueError(f"expected {write(Node(op, ('x',) * n, op.scalar))}, any number below 1e30")
         return node(op, [tree(given) for given in part.args[:n]], *map(float, scalars))
     text = ' '.join(text.split())
     try:
@@ -91,8 +91,8 @@ def parse(text: str) -> Tree:
             warnings.simplefilter('ignore')  # '1if x' is a SyntaxWarning
             return tree(ast.parse(text, mode='eval').body)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        why = f'{error.msg} at character {error.offset}' if isinstance(error, SyntaxError) else error
-        raise ValueError(f'cannot read {text[:40]!a}: {why}; write as in mul(x, scale(x, 0.5))') from None
+        why = f'{error.msg} at character {error.offset}' if isinstance(error, SyntaxError) else str(error)
+        raise ValueError(f'cannot read {text[:40]!a}: {why or "too deep"}; as in scale(relu(x), 2)') from None
 
 
 def evaluate(tree: Tree, x: Tensor, clip: Clip = CLIP, scalars: Optional[Iterator[Tensor]] = None) -> Tensor:
@@ -129,16 +129,16 @@ def formula(tree: Tree, clip: Clip) -> str:
 def latex(tree: Tree, clip: Clip) -> Optional[str]:
     """The formula for LaTeX's mathematics mode (amsmath); None without sympy, which torch brings."""
     try:
-        import sympy
+        from sympy import Function, latex, sympify
     except ImportError:
         return None
-    text = formula(tree, clip).replace('^', '**').replace('_', '')
-    own = {name: sympy.Function(name) for name in ('max', 'min')}  # Python's own would compare
-    return sympy.latex(sympy.sympify(text, own, evaluate=False))
+    own = {name: Function(name) for name in ('max', 'min')}  # Python's would compare
+    return latex(sympify(formula(tree, clip).replace('^', '**').replace('_', ''), own, evaluate=False))
 
 
-# Two functions are equal when their values are. POINTS: dense around -1, 0, 1; PROBES: to find candidates.
-POINTS = torch.cat([c + s * 10 ** torch.linspace(-12, 4, 273).double() for c in (-1, 0, 1) for s in (-1, 1)])
+# Two functions are equal when their values are. POINTS: dense at -1, 0 and 1; PROBES: to find candidates.
+NEAR = 10 ** torch.linspace(-12, 4, 273).double()
+POINTS = torch.cat([torch.linspace(-9, 9.01, 901), *(c + s * NEAR for c in (-1, 0, 1) for s in (-1, 1))])
 PROBES = torch.linspace(-4.13, 4.17, 48).double()
 BASE = tuple(op for ops in SETS['base'] for op in ops if op.scalar is None and op.code not in ('a', 'b'))
 

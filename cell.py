@@ -1,9 +1,8 @@
 """The relaxed cell, a weighted sum of operations at each choice point, and the table that makes it cheap.
 
-The paper's cell (figure 2) has six choice points: b0 = B0(U0(x), U1(x)); f = B1(U2(b0), U3(x)). The alphas,
-learned by gradient descent, weigh the operations. For given weights that is a function of ONE number. So
-`Cell.tabulate` evaluates it on a grid of a few thousand points, and the millions of activations of a network
-are looked up there (`Lookup`), at the same cost for any number of operations.
+The paper's cell (figure 2) has six choice points: b0 = B0(U0(x), U1(x)); f = B1(U2(b0), U3(x)). The alphas
+weigh the operations; gradient descent learns them. For given weights the cell is a function of ONE number. So
+`Cell.tabulate` evaluates it on a grid, and the millions of activations of a network are looked up there.
 """
 import math
 from typing import Any, Callable, Iterator, Optional
@@ -19,6 +18,7 @@ from ops import CLIP, check_choice, select
 # 99.6 % of 1,000 random cells keep |table - op by op| <= 1e-3 away from kinks. 0 is a point: ReLU is exact.
 POINTS, LIMIT = 8193, 12.0
 PIECE = 1 << 18  # elements that a CPU looks up at a time: what one operation writes, the next finds in cache
+INDEX = torch.empty(PIECE, dtype=torch.int64)  # for all of them: fresh memory costs more than the arithmetic
 
 
 def uniform_grid(points: int = POINTS, limit: float = LIMIT) -> Tensor:
@@ -42,21 +42,26 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.as_strided((x.numel(),), (1,)).split(size) for x in same))
 
 
+def in_rows(index: Tensor) -> Tensor:
+    """(n,) int16 -> (up to 16, the rest) int64: gather and scatter are parallel along rows."""
+    long = INDEX[:len(index)].copy_(index) if index.is_cpu else index.long()
+    return long.view(math.gcd(len(index), 16), -1)
+
+
 class Lookup(torch.autograd.Function):
     """f(x) for a function f known by its values on a uniform grid: linear in between, extrapolated beyond.
-    values: (points,), at most 32,768. lines: `lines` of them. x: any shape and floating dtype, computed in
-    the dtype of the values. Its interval, 2 bytes, is all that is kept for the backward pass. Gradient to the
-    values: the sum over each interval, half of it to either end, which for thousands of x averages out."""
+    values: (points,), at most 32,768; lines: of them; x: any shape, the dtype of the values. Gradient to the
+    values: its sum over each interval, half of it to either end, so that only 2 bytes an x are kept."""
 
     @staticmethod
     def forward(ctx, values: Tensor, lines: Tensor, limit: float, x: Tensor) -> Tensor:
         y, index = torch.empty_like(x), torch.empty_like(x, dtype=torch.int16)
         last, middle = len(lines) - 1, torch.tensor(len(lines) / 2, dtype=values.dtype)
         for x_, y_, index_ in pieces(x, y, index):
-            x_ = x_.to(values.dtype)
-            place = torch.add(middle, x_, alpha=len(lines) / (2 * limit)).nan_to_num_(0.0).clamp_(0, last)
-            i = index_.copy_(place).long().view(math.gcd(len(x_), 16), -1)  # gather is parallel along rows
-            line = torch.gather(lines.expand(len(i), -1), 1, i).view(-1)
+            torch.add(middle, x_, alpha=len(lines) / (2 * limit), out=y_).clamp_(0, last)
+            i = in_rows(index_.copy_(y_).clamp_(0, last))  # a NaN became any number; x makes y NaN
+            own = i.view(lines.dtype) if lines.is_cpu and lines.dtype == torch.complex64 else None  # 8 bytes
+            line = torch.gather(lines.expand(len(i), -1), 1, i, out=own).view(-1)
             torch.addcmul(line.real, line.imag, x_, out=y_)
         ctx.save_for_backward(index, lines)
         return y
@@ -68,10 +73,10 @@ class Lookup(torch.autograd.Function):
         dx = torch.empty_like(index, dtype=g.dtype)
         sums = torch.zeros(16 * to_values, len(slope), dtype=slope.dtype, device=g.device)
         for g_, dx_, index_ in pieces(g, dx, index):
-            i = index_.long().view(math.gcd(len(g_), 16), -1)
-            torch.mul(torch.gather(slope.expand(len(i), -1), 1, i).view(-1), g_, out=dx_)
+            i = in_rows(index_)
+            torch.gather(slope.expand(len(i), -1), 1, i, out=dx_.view(i.shape)).mul_(g_.view(i.shape))
             if to_values:
-                sums[:len(i)].scatter_add_(1, i, g_.to(slope.dtype).view(i.shape))
+                sums[:len(i)].scatter_add_(1, i, g_.view(i.shape))
         half = sums.sum(0) / 2
         return F.pad(half, (0, 1)) + F.pad(half, (1, 0)) if to_values else None, None, None, dx
 
@@ -85,7 +90,7 @@ class Tabulated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         values = self.activation(self.grid)
-        return Lookup.apply(values, lines(values), LIMIT, x)
+        return Lookup.apply(values, lines(values), LIMIT, x.to(values)).to(x)
 
 
 SAMPLERS, NORMALISERS = ('dirichlet', 'shared', 'mean', 'softmax'), ('none', 'scale', 'centre')
@@ -96,10 +101,9 @@ class Cell(nn.Module):
     """The relaxed cell of all sites of a network; `activation=cell.site` makes the network's activations.
     Its parameters, alpha and scalars, (operations,) by choice point, are the architecture. Sites hold none.
 
-    ops: see ops.select. clip: the paper's l, None for none. shape: see activation.SHAPES.
+    ops: see ops.select. clip: the paper's l, or None. shape: see SHAPES. standard: where a site has none.
     sampler: 'dirichlet': weights drawn anew for each site and step (DrNAS; paper, variance reduction);
         'shared': one draw for all sites (DrNAS as published); 'mean' of that Dirichlet; 'softmax' (DARTS).
-    standard: the activation that stands at the sites in the warm start, unless a site has its own.
     normalise: 'none' (paper); 'scale': a site's table gets the second moment that its standard activation has
         under the site's inputs: gain, which else outweighs shape, earns nothing; 'centre': and mean 0."""
 
@@ -123,7 +127,8 @@ class Cell(nn.Module):
         self.register_buffer('bins', ((torch.arange(BINS) + 0.5) * points / BINS).long(), persistent=False)
         self.register_buffer('seen', torch.empty(0, BINS))  # (sites, BINS) running histograms of the inputs
         self.register_buffer('usual', torch.empty(0, BINS), persistent=False)  # the standards at the bins
-        self.register_buffer('gradient', torch.empty(0, points))  # (sites, points), where a search sums dL/df
+        for name, size in ('gradient', points), ('inputs', BINS), ('early', BINS):  # see `collect`
+            self.register_buffer(name, torch.zeros(size))
 
     def site(self, standard: Optional[Callable[[Tensor], Tensor]] = None) -> 'Site':
         """A site for one more place in a network; standard: the function of a tensor that stood there."""
@@ -132,13 +137,12 @@ class Cell(nn.Module):
         x = self.grid[self.bins]
         self.seen = torch.cat([self.seen, torch.softmax(-x.square() / 2, 0)[None]])  # N(0, 1) at first
         self.usual = torch.cat([self.usual, self.standards[-1](x).detach()[None]])
-        self.gradient = torch.cat([self.gradient, torch.zeros_like(self.grid)[None]])
         return Site(self, self.sites - 1)
 
     @torch.no_grad()
     def reset(self, spread: float = 1e-3, start: float = 0.0) -> None:
         """All operations, scalars at their first values, alphas ~ N(0, spread^2). start, for softmax only:
-        weight of the standard activation in the last place that reads x, and of right(a, b) = b at the output,
+        weight of the standard activation in the last place that reads x and of right(a, b) = b at the output,
         if the cell has both. (Half of a Dirichlet's weight takes an alpha above 20, too far to come back.)"""
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not dropped, by choice point
         for alpha, scalars, ops in zip(self.alpha, self.scalars, self.ops):
@@ -168,7 +172,7 @@ class Cell(nn.Module):
 
     def evaluate(self, x: Tensor, weights: list[Tensor], watch: Optional[Callable] = None) -> Tensor:
         """(rows, points) the relaxed cell op by op: the reference, and what fills the tables. x: (points,).
-        weights: as of `sample`. watch: gets each operation's name, 'U2:exp', and its output not yet clipped."""
+        weights: as of `sample`. watch: gets each operation's name, 'U2:exp', and its unclipped output."""
         outputs = {'x': x}
         for k, (choice, *names) in enumerate(SHAPES[self.shape]):
             inputs, ops, scalars = [outputs[name] for name in names], self.ops[k], self.scalars[k].unbind()
@@ -202,8 +206,20 @@ class Cell(nn.Module):
                 values = self.evaluate(self.grid, weights or self.sample())
                 values = values if self.normalise == 'none' else self.normalised(values)
         tables = zip(*(t.expand(self.sites, -1).unbind() for t in (values, lines(values, self.limit))))
-        self.functions = [lambda x, table=table: Lookup.apply(*table, self.limit, x) for table in tables]
+        self.functions = [lambda x, t=t: Lookup.apply(*t, self.limit, x.to(t[0])).to(x) for t in tables]
         self.values, self.learns = values, values.requires_grad  # False for a discrete cell without scalars
+
+    @torch.no_grad()
+    def collect(self, slopes: Tensor, early: bool) -> None:
+        """Add dL/df at the standard activations, (sites, points), to `gradient`, the inputs to `inputs` and
+        perhaps `early`; of each site without what 1 and x would change: the layers around make up for that."""
+        shares = self.seen[:, torch.arange(len(self.grid)) * BINS // len(self.grid)] * (BINS / len(self.grid))
+        lines = torch.stack([torch.ones_like(self.grid), self.grid])               # (2, points)
+        moments = torch.linalg.pinv((lines * shares[:, None]) @ lines.T)           # (sites, 2, 2)
+        fit = (slopes @ lines.T)[:, None] @ moments @ lines                        # (sites, 1, points)
+        self.gradient += (slopes - shares * fit.squeeze(1)).sum(0)
+        self.inputs += self.seen.mean(0)
+        self.early += self.seen.mean(0) * early
 
     def use(self, activation: Callable[[Tensor], Tensor]) -> None:
         """Put one activation at every site, without a table."""
@@ -212,12 +228,6 @@ class Cell(nn.Module):
     def use_standard(self) -> None:
         """Put its own standard activation at every site, without a table (warm start)."""
         self.functions, self.values, self.learns = self.standards, None, False
-
-    def density(self, x: Tensor) -> Tensor:
-        """The inputs that the sites saw, as a density at the points x, of sum 1."""
-        limit, share = self.limit * (1 - 1 / BINS), self.seen.mean(0)  # the centre of the last bin
-        share = Lookup.apply(share, lines(share, limit), limit, x.to(share).clamp(-limit, limit)) + 1e-12
-        return (share / share.sum()).to(x)
 
     def curve(self, x: Tensor) -> Tensor:
         """(points,) the relaxed function at its mean weights, op by op, not normalised."""
@@ -269,7 +279,7 @@ class Site(nn.Module):
             places = torch.arange(SAMPLE, dtype=torch.float64, device=x.device) * 0.6180339887 % 1 * x.numel()
             sample = (x.detach().take(places.long()).to(cell.seen) / cell.limit + 1) * (BINS / 2)
             bins = sample.nan_to_num(0.0).clamp(0, BINS - 1).long()
-            cell.seen[self.index].mul_(0.95).scatter_add_(0, bins, torch.full_like(sample, 0.05 / SAMPLE))
+            cell.seen[self.index].mul_(0.9).scatter_add_(0, bins, torch.full_like(sample, 0.1 / SAMPLE))
         return cell.functions[self.index](x)
 
 
@@ -281,7 +291,6 @@ def blame(model: nn.Module, cell: Cell, x: Tensor) -> dict[str, Any]:
     before clipping. gradient: the first parameter whose .grad is not finite, or None."""
     def size(y: Tensor) -> float:
         return y.abs().amax().nan_to_num(math.inf, math.inf).item() if y.numel() else 0.0
-
     sites, ops = [], []
     hooks = [module.register_forward_hook(lambda site, x, y: sites.append((size(y), site.index, x[0])))
              for module in model.modules() if isinstance(module, Site)]

@@ -1,7 +1,7 @@
 """Is an activation any good? `python evaluate.py RUN --model minigpt --seeds 5`.
 
 Every activation is trained from scratch with the same settings; for a seed all of them get the same initial
-weights and the same batches, so that differences are paired. The last step counts, never the best one, and the
+weights and the same batches, so that differences are paired. The last step counts, not the best one, and the
 test set is touched once a run. A finished run is a line in a ledger: the same command goes on where it was
 stopped, and the ledgers of several machines are joined by `cat`.
 
@@ -36,8 +36,7 @@ from ops import check_choice
 from plot import comparison, report
 from space import Space
 
-# ---- settings: a dataclass, a line a field. the command line is made from it ----
-
+# ---- settings: a dataclass, a line a field; the command line is made from it ----
 
 def option(default: Any, help: str = '', kind: Optional[Callable] = None, choices: Iterable = ()) -> Any:
     """A setting. With `help` it is an option of the command line; without, presets alone set it."""
@@ -48,18 +47,18 @@ def option(default: Any, help: str = '', kind: Optional[Callable] = None, choice
 def number(low: float, kind: type = int) -> Callable[[str], Any]:
     """For `option`: text -> a number of that kind, from `low` to 1e12."""
     def parse(text: str) -> Any:
-        if not low <= (value := kind(text)) < 1e12:
-            raise argparse.ArgumentTypeError(f'{text} is out of range: from {low} up')
-        return value
+        if low <= (value := kind(text)) < 1e12:
+            return value
+        raise argparse.ArgumentTypeError(f'{text} is out of range: from {low} up')
     return parse
 
 
 @dataclasses.dataclass
 class Training:
     """How a network is trained."""
-    model: str = option('resnet20', f'{", ".join(STANDARD)}; torchvision:NAME; or FILE.py:FUNCTION, a function '
-                                    f'of yours that returns a network')
-    only: str = option('', 'of a network that is not ours: replace these activations alone, such as relu,silu')
+    model: str = option('resnet20', f'{", ".join(STANDARD)}; torchvision:NAME; or FILE.py:FUNCTION, which '
+                                    f'returns a network of yours')
+    only: str = option('', 'of a network that is not ours: the activations to replace, such as relu,silu')
     data: str = option('', 'data set; default: the built-in sample that suits the network', choices=data.DATA)
     data_dir: str = option('', 'folder with the files of the data set; default: they are downloaded')
     side: int = option(0, 'average images to this side, in pixels; 0: as they are', choices=(0, 16, 32))
@@ -107,7 +106,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) -> AnyConfig:
-    """The defaults of `kind`, the preset of the network, its changes in `presets`, what is given; absolute paths.
+    """The defaults of `kind`, the network's preset, its changes in `presets`, what is given; absolute paths.
 
     given: may hold more than the fields of `kind`. Raises ValueError for an unknown network or device.
     """
@@ -116,7 +115,7 @@ def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) ->
     if ':' not in model:
         check_choice('--model', model, [*STANDARD, 'torchvision:NAME', 'FILE.py:FUNCTION'])
     text = given.get('data', '').startswith('tinystories')
-    families = {'resnet': 'resnet20', 'vit': 'vit_tiny', 'toy': 'toy', '': 'minigpt'}  # whose settings to take
+    families = {'resnet': 'resnet20', 'vit': 'vit_tiny', 'toy': 'toy', '': 'minigpt'}  # whose settings
     like = next(name for start, name in families.items() if model.startswith(start))
     if ':' in model:
         like = 'minigpt' if text else 'vit_tiny'
@@ -125,12 +124,18 @@ def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) ->
         config.model = os.path.abspath(os.path.expanduser(model))
     if config.data_dir:
         config.data_dir = os.path.abspath(os.path.expanduser(config.data_dir))
-    present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    if config.device == 'auto':
-        config.device = next(device for device, there in present.items() if there)
-    if not present.get(config.device.split(':')[0]):
-        raise ValueError(f'--device {config.device} is not there, or not in this PyTorch; use --device cpu')
+    config.device = check_device(config.device)
     return config
+
+
+def check_device(device: str) -> str:
+    """The device, for 'auto' the best there is. Raises ValueError when it is not there."""
+    present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if device == 'auto':
+        return next(name for name, there in present.items() if there)
+    if not re.fullmatch(r'[a-z]+(:\d+)?', device) or not present.get(device.split(':')[0]):
+        raise ValueError(f'--device {device} is not there, or not in this PyTorch; use --device cpu')
+    return device
 
 
 # ---- training ----
@@ -156,17 +161,21 @@ def weight_optimizer(weights: list[nn.Parameter], config: Training) -> torch.opt
     return torch.optim.AdamW([group for group in groups if group['params']], lr=config.lr, betas=(0.9, 0.99))
 
 
+def cosine(share: float, end: float) -> float:
+    """Falls from 1 to `end` as the share of the training done goes from 0 to 1."""
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def learning_rate(step: int, config: Training) -> float:
-    """Linear warm-up, then a cosine from lr to lr_end * lr, and a tenth of it after each milestone."""
+    """Linear warm-up, a cosine from lr to lr_end * lr, and a tenth of it after each milestone."""
     rise = min(1.0, (step + 1) / max(round(config.warmup * config.steps), 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     tenths = 0.1 ** sum(step >= share * config.steps for share in config.lr_milestones)
-    return config.lr * rise * tenths * (config.lr_end + (1 - config.lr_end) * cosine)
+    return config.lr * rise * tenths * cosine(step / config.steps, config.lr_end)
 
 
 def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], Tensor],
           config: Training) -> list[list[float]]:
-    """Train for config.steps steps. Returns the curve, 20 times [step, mean training loss since the last point].
+    """Train for config.steps steps. Returns the curve: 20 times [step, mean loss since the last point].
 
     A run that diverges ends there, and its curve ends with a loss that is not finite.
     """
@@ -196,15 +205,15 @@ def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], 
 
 @torch.no_grad()
 def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
-    """Mean loss of the network as it stands; accuracy too where targets are classes. Those of the logits may stand
-    last, (n, time, classes), or second, (n, classes, height, width)."""
+    """Mean loss of the network as it stands; accuracy too where targets are classes. Those of the logits may
+    stand last, (n, time, classes), or second, (n, classes, height, width)."""
     training, losses, hits, count = model.training, [], [], 0
     model.eval()
     for x, y in batches:
         output = model(x)
         losses.append(loss(output, y) * len(y))
         count += len(y)
-        for dim in (-1, 1):
+        for dim in (1,) if output.dim() > 3 else (-1, 1):
             if output.dim() > 1 and output.shape[dim] > 1 and not y.is_floating_point() \
                     and output.select(dim, 0).shape == y.shape:
                 hits.append((output.argmax(dim) == y).float().mean() * len(y))
@@ -217,44 +226,31 @@ def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], 
 # ---- files and errors ----
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a line of JSON, in one write, so that several processes may share the file."""
+    """Add a line of JSON in one write, so that processes may share the file; never behind a cut line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a+b', buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 1, 0))
-        cut = b'' if file.read(1) in (b'\n', b'') else b'\n'  # never behind a line that a kill cut
-        line = cut + json.dumps(row).encode() + b'\n'
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        line = b'\n' * (file.read() not in (b'\n', b'')) + json.dumps(row).encode() + b'\n'
         if file.write(line) != len(line):
             raise OSError(28, 'the disk is full', str(path))
-
-
-def read_json(text: bytes) -> dict[str, Any]:
-    """One JSON object. Raises ValueError for anything else."""
-    try:
-        content = json.loads(text.decode('utf-8-sig'))
-    except RecursionError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError('it is no JSON object')
-    return content
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """The rows of a ledger. A line that is cut, or is no row, is skipped with a warning; no file: no rows."""
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    for k, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
-            row = read_json(line or b'{}')
-            rows += [row] if line and isinstance(row['settings'], dict) and row['seed'] >= 0 else []
-        except (ValueError, KeyError, TypeError):
-            print(f'warning: {path}, line {number} is cut or no row of a ledger; skipped', file=sys.stderr)
+            row = json.loads(line or b'{}')
+            rows += [row] if line and row['settings']['model'] and row['expression'] and row['name'] else []
+        except (ValueError, KeyError, TypeError, RecursionError):
+            print(f'warning: {path}, line {k} is cut or no row of a ledger; skipped', file=sys.stderr)
     return rows
 
 
 @contextlib.contextmanager
 def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
-    """Around a whole program. A user's mistake (ValueError, OSError) is one line and exit code 2, Ctrl-C is 130;
-    a mistake of ours keeps its traceback. hint: how to go on."""
+    """Around a whole program. A user's mistake (ValueError, OSError) is one line and exit code 2, Ctrl-C 130; a
+    mistake of ours keeps its traceback. hint: how to go on."""
     code = 2
     try:
         yield
@@ -262,15 +258,14 @@ def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
         return
     except KeyboardInterrupt:
         line, code = f'stopped; {hint()}', 130
-    except BrokenPipeError:  # nothing may be written at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        line = f'error: the output was closed; {hint()}'
     except OSError as error:
+        if isinstance(error, BrokenPipeError):  # nothing may be written at exit either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         line = f"error: {error.filename or 'output'}: {error.strerror or error}; {hint()}"
     except ValueError as error:
         line = f'error: {error}'
     except (MemoryError, RuntimeError) as error:
-        if 'out of memory' not in str(error) and "can't allocate memory" not in str(error):
+        if not re.search("out of memory|can't allocate memory|^$", str(error)):
             raise
         line = 'error: out of memory; try a smaller --batch-size'
     print(' '.join(line.split())[:600], file=sys.stderr)
@@ -315,15 +310,15 @@ def space_of(ops: str = 'base') -> Space:
 
 
 def resolve(text: str) -> Candidate:
-    """A run folder, a known name, an expression, or random_0, random_1 ...: functions drawn from the space."""
+    """A run folder, a known name, an expression, or random_0, random_1 ... from the search space."""
     if text not in NAMED and (os.path.isdir(text) or text.endswith('.json')):
         path = Path(text, 'activation.json') if os.path.isdir(text) else Path(text)
         try:
-            run = read_json(path.read_bytes())
+            run = json.loads(path.read_bytes())
             activation = Activation(run['expression'], run['config']['clip'])
             searched = f"{Path(run['model']).name}/{run['data']}"
             return Candidate(path.absolute().parent.name, activation, searched)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path} is not the result of a finished search ({error!r})') from None
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         draw = torch.Generator().manual_seed(int(match[1]))
@@ -331,25 +326,29 @@ def resolve(text: str) -> Candidate:
     return Candidate(text.replace(' ', ''), named(text))
 
 
-def run_key(candidate: Candidate, config: Training, dataset: data.Dataset, seed: int) -> dict[str, Any]:
-    """What makes two runs the same run: function, seed, settings, checksums of the network's code and of the data.
-    Name, folders and machine do not count, nor a clip bound that nowhere acts."""
-    f, settings = candidate.activation, dataclasses.asdict(config)
+def settings_of(config: Training, dataset: data.Dataset) -> dict[str, Any]:
+    """What makes runs comparable: settings, but for folders and machine; checksums of network and data."""
+    settings = dataclasses.asdict(config)
     for name in ('data_dir', 'out', 'device'):
         del settings[name]
-    settings |= {'model': Path(config.model).name, 'lr_milestones': list(config.lr_milestones),
-                 'source': source_digest(config.model), 'digest': dataset.digest}
-    clip = f.clip if f and 'clip(' in f.formula else None
-    return {'expression': f.expression if f else 'own', 'clip': clip, 'seed': seed, 'settings': settings}
+    return settings | {'model': Path(config.model).name, 'lr_milestones': list(config.lr_milestones),
+                       'source': source_digest(config.model), 'digest': dataset.digest}
+
+
+def run_key(candidate: Candidate, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What makes two runs the same run. The name does not count, nor a clip bound that nowhere acts."""
+    f = candidate.activation
+    return {'expression': f.expression if f else 'own', 'clip': f.clip if f and 'clip(' in f.formula else None,
+            'seed': seed, 'settings': settings}
 
 
 def retrain(candidate: Candidate, config: Training, dataset: data.Dataset, seed: int) -> dict[str, Any]:
-    """Train the network from scratch with this activation and test it once; the row of the ledger.
+    """Train the network from scratch with this activation and test it once; what a row of the ledger holds of it.
 
-    One module stands at all sites: the result is one function, its scalars too. It draws no random numbers, so that
-    the initial weights are the same for all activations of a seed.
+    One module stands at all sites: the result is one function, its scalars too. It draws no random numbers, so
+    that the initial weights are the same for all activations of a seed.
     """
-    key, module = run_key(candidate, config, dataset, seed), copy.deepcopy(candidate.activation)
+    module = copy.deepcopy(candidate.activation)
     seed_everything(seed)
     model = network(config, lambda call=None: module or call, dataset).to(config.device)
     batches = data.Batches(dataset, data.whole(dataset), config.batch_size, seed, True, config.context,
@@ -363,7 +362,7 @@ def retrain(candidate: Candidate, config: Training, dataset: data.Dataset, seed:
     # a network that knows nothing scores log(classes); a loss ten times as high is no result either
     if diverged := not result.get('loss', math.inf) <= 10 * math.log(dataset.classes):
         result, curve = {}, curve[:-1]
-    return {'name': candidate.name, 'searched': candidate.searched, **key, 'diverged': diverged,
+    return {'name': candidate.name, 'searched': candidate.searched, 'diverged': diverged,
             'test_loss': result.get('loss'), 'test_accuracy': result.get('accuracy'),
             'train_loss': None if diverged else curve[-1][1], 'curve': curve, 'seconds': round(seconds, 1),
             'ms_step': round(1e3 * seconds / config.steps, 2), 'device': config.device,
@@ -373,19 +372,23 @@ def retrain(candidate: Candidate, config: Training, dataset: data.Dataset, seed:
 def evaluate(candidates: Iterable[Candidate], config: Training, seeds: range) -> list[dict[str, Any]]:
     """Train what the ledger lacks, seed by seed; the rows of this comparison."""
     dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
-    ledger, rows, todo = Path(config.out), [], [(seed, c) for seed in seeds for c in candidates]
+    ledger, rows, settings = Path(config.out), [], settings_of(config, dataset)
+    todo = [(seed, c) for seed in seeds for c in candidates]
     fields = ('expression', 'clip', 'seed', 'settings')
     done = {json.dumps([row[f] for f in fields], sort_keys=True): row for row in read_ledger(ledger)}
     for seed, c in todo:
-        word = json.dumps([run_key(c, config, dataset, seed)[f] for f in fields], sort_keys=True)
+        key = run_key(c, settings, seed)
+        word = json.dumps([key[f] for f in fields], sort_keys=True)
         if word not in done:
-            done[word] = retrain(c, config, dataset, seed)
+            done[word] = retrain(c, config, dataset, seed) | key
             append(ledger, done[word])
         row = done[word] | {'name': c.name, 'searched': c.searched}
         rows.append(row)
         left = (len(todo) - len(rows)) * row['seconds'] / 60
-        result = 'diverged' if row['diverged'] else f"{row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f}"
-        print(f'seed {seed}  {c.name[:50]:50s}  test loss {result}  {left:.0f} min left', flush=True)
+        result = 'diverged'
+        if not row['diverged']:
+            result = f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f}"
+        print(f'seed {seed}  {c.name[:50]:50s}  {result}  {left:.0f} min left', flush=True)
     return rows
 
 
@@ -393,27 +396,26 @@ def evaluate(candidates: Iterable[Candidate], config: Training, seeds: range) ->
 
 def card(f: Activation) -> str:
     """What a function is like, and its time for a million elements, forward and backward, beside ReLU."""
-    x = torch.linspace(-5, 5, 10001, requires_grad=True)
+    x = ((torch.arange(10001, dtype=torch.float64) - 5000) / 1000).requires_grad_()  # 0 is among them
     y = f(x)
     slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)
     p, d = torch.softmax(-x.square() / 2, 0), y.diff()
     way = 'rising' if (d >= 0).all() else 'falling' if (d <= 0).all() else 'not monotone'
-    sample, times = torch.randn(1 << 20, requires_grad=True), {'this': [], 'relu': []}
-    for _ in range(9):  # in turn, so that a busy moment of the machine hits all of them
-        for function, seconds in zip((f, torch.relu), times.values()):
-            begin = time.perf_counter()
-            function(sample).sum().backward()
-            seconds.append(time.perf_counter() - begin)
-    ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
-    return '\n'.join([f'f(x) = {f.formula}', f'expression     {f.expression}',
-                      f'on [-5, 5]     {y.min():.4g} to {y.max():.4g}, {way}',
-                      f'slope          {slope.min():.4g} to {slope.max():.4g}',
-                      f'under N(0, 1)  mean {(p * y).sum():.4g}, second moment {(p * y * y).sum():.4g}',
-                      *(f'{name:14s} {t:.2f} ms, {t / ms["relu"]:.1f} x relu' for name, t in ms.items())])
+    sample, times = torch.randn(1 << 20, requires_grad=True), ([], [])
+    for k in 9 * [0, 1]:  # in turn, so that a busy moment of the machine hits both
+        begin = time.perf_counter()
+        (f, torch.relu)[k](sample).sum().backward()
+        times[k].append(1e3 * (time.perf_counter() - begin))
+    mine, relu = map(statistics.median, times)
+    return '\n'.join([f'f(x) = {f.formula}', f'expression       {f.expression}',
+                      f'on [-5, 5]       {y.min():.4g} to {y.max():.4g}, {way}',
+                      f'slope            {slope.min():.4g} to {slope.max():.4g}',
+                      f'under N(0, 1)    mean {(p * y).sum():.4g}, second moment {(p * y * y).sum():.4g}',
+                      f'a million inputs {mine:.2f} ms, {mine / relu:.1f} x relu'])
 
 
 def nearest(f: Activation, ops: str) -> str:
-    """The formulas of a search space that come closest to a function: the best of each length, shortest first."""
+    """The formulas of a search space that come closest to a function, each better than all shorter ones."""
     lines = [f'{match.length:6d}  {100 * match.score:9.3f} %  {Activation(match.tree).formula}'
              for match in space_of(ops).nearest(f) if match.front]
     return '\n'.join(['length   distance  formula', *lines])
@@ -451,13 +453,16 @@ def main(arguments: Optional[list[str]] = None) -> None:
             if given['report']:
                 rows = [row for path in given['report'] for row in read_ledger(Path(path))]
                 if not rows:
-                    raise ValueError(f"no runs in {', '.join(given['report'])}: give the file that --out named")
+                    raise ValueError(f"no runs in {', '.join(given['report'])}: give the file of --out")
             else:
                 config = configure(Training, PRESETS, given)
                 names = [name for name in given['baselines'].split(',') if name != 'none']
                 names = [*given['activations'], *names, *(f'random_{k}' for k in range(given['random']))]
                 standard = Candidate('own', None) if ':' in config.model else resolve(STANDARD[config.model])
-                candidates = {c.name: c for c in [standard, *map(resolve, names)]}
+                candidates = {}
+                for c in [standard, *map(resolve, names)]:
+                    if str(candidates.setdefault(c.name, c).activation) != str(c.activation):
+                        raise ValueError(f'two functions are called {c.name}: rename one of the run folders')
                 rows = evaluate(candidates.values(), config, given['seeds'])
             print('\n' + report(rows))
             if given['plot']:

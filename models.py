@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections import Counter
 from contextlib import ExitStack
-from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -224,6 +223,14 @@ RECOMPUTED = 'torch.utils.checkpoint calls activations again in backward, out of
 FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')
 
 
+@functools.cache
+def named(function: Callable) -> tuple[str, bool]:
+    """('relu', False) for F.relu, torch.relu, Tensor.relu; True for relu_; '' for what has no activation."""
+    raw = getattr(function, '__name__', '').split('.')[0]
+    name = raw.strip('_')
+    return (name if KNOWN.fullmatch(name) or FUSED.match(name) else ''), raw.endswith('_')
+
+
 def counted(names: Counter) -> str:
     return ', '.join(f'{count} {name}' for name, count in names.most_common() if count) or 'nothing'
 
@@ -236,8 +243,8 @@ class Function(nn.Module):
 
 
 class Catch(TorchFunctionMode):
-    """One forward pass of a `Replaced`: every activation call goes to its site, known by the modules around it
-    and the number of calls before it there: so a pass may skip a block, or take a new branch."""
+    """One forward pass of a `Replaced`: every activation call goes to its site, known by the modules around
+    it and the number of calls before it there: so a pass may skip a block, or take a new branch."""
     def __init__(self, owner: 'Replaced', record: Optional['Record'] = None):
         super().__init__()
         self.owner, self.record, self.path, self.count = owner, record, [], Counter()
@@ -249,12 +256,12 @@ class Catch(TorchFunctionMode):
         self.path.pop()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, in_place = named(function)
         owner, record, kwargs = self.owner, self.record, dict(kwargs or {})
-        raw, _, kernel = getattr(function, '__name__', '').partition('.')    # of a kernel 'relu.default'
-        name = raw.strip('_')    # of F.relu, torch.relu_, Tensor.relu, torch.ops.aten.relu 'relu'
-        if kernel or not KNOWN.fullmatch(name):
-            if record and (name in owner.kinds or FUSED.match(name) and name not in ACTIVATIONS):
-                record.hidden[f"{name} in {self.path[-1] or 'the network'}"] += 1
+        fused = name and not KNOWN.fullmatch(name)
+        if not name or fused or '.' in function.__name__:    # with a dot: a kernel, from a Record
+            if record and (fused or name in owner.kinds):
+                record.hidden[f"{name} in {''.join(self.path[-1:]) or 'the network'}"] += 1
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop('input')]
         if name == 'hardtanh' and (0, 6) in (tuple(rest[:2]), (kwargs.get('min_val'), kwargs.get('max_val'))):
@@ -268,11 +275,13 @@ class Catch(TorchFunctionMode):
         if not taken or key in owner.alone:
             owner.left[name + ' without gradient' * taken] += bool(record and owner.model.training)
             return function(x, *rest, **kwargs)
-        in_place = kwargs.get('inplace', False) or raw.endswith('_')
+        # subtle: in place, but on a copy, where the gradient of ELU would differ in the last bit
+        copied = in_place or kwargs.get('inplace', False) and name in ('elu', 'selu', 'celu')
+        in_place = in_place or kwargs.get('inplace', False)
+        kwargs |= {'inplace': False} if in_place and not copied else {}
         if in_place and key not in owner.index and not record:
             owner.written.add(key)
-        # subtle: in place, but on a copy: out of place the gradient of ELU differs in the last bit
-        site = owner.site(key, lambda v: function(v.clone() if in_place else v, *rest, **kwargs))
+        site = owner.site(key, lambda v: function(v.clone() if copied else v, *rest, **kwargs))
         if key in owner.written:
             return x.copy_(site(x.clone()))
         y = site(x)
@@ -282,8 +291,8 @@ class Catch(TorchFunctionMode):
 
 
 class Record(TorchDispatchMode):
-    """Sees all kernels while the calls are recorded, and hands them to the `Catch`: an activation that came by
-    no call (torch.jit, C++) is out of reach. Where a kernel reads again what a call in place should have
+    """Sees all kernels while the calls are recorded, and hands them to the `Catch`: an activation that came
+    by no call (torch.jit, C++) is out of reach. Where a kernel reads again what a call in place should have
     changed, the site of that call has to change it, too."""
     supports_higher_order_operators = True
 
@@ -321,7 +330,7 @@ class Replaced(nn.Module):
         record, args = Record(self), example if isinstance(example, tuple) else (example,)
         self.outputs = [self.probe(training, record, args) for training in (True, False)]
         if record.hidden or any(isinstance(m, nn.DataParallel) and m.device_ids[1:] for m in self.names):
-            raise ValueError(f'activations out of reach, in torch.jit, nn.DataParallel or a fused operation: '
+            raise ValueError(f'activations in torch.jit, nn.DataParallel or fused operations, out of reach: '
                              f'{counted(record.hidden)}; give the network without it')
         if not self.sites:
             raise ValueError(f"the network calls no activation to replace ({self.describe()}); name one of "
@@ -361,10 +370,9 @@ class Replaced(nn.Module):
                 vars(m).update(old)
 
     def run(self, catch: Catch, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """function(*args) with its calls caught, and PyTorch's short cuts around activations off."""
+        """function(*args) with its calls caught. Meanwhile torch.compile does nothing, and PyTorch leaves the
+        fast path of its attention layers, which has an activation of its own, by itself."""
         with ExitStack() as stack:
-            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(register_module_forward_pre_hook(catch.enter).remove)
             stack.callback(register_module_forward_hook(catch.leave, always_call=True).remove)
             if 'torch._dynamo' in sys.modules:
@@ -387,48 +395,44 @@ replaced = Replaced
 
 # ---- the network that --model names ----
 
-def own_file(model: str) -> tuple[Path, str]:
-    path, _, function = model.rpartition(':')
-    if not path.endswith('.py') or not Path(path).expanduser().is_file():
+def own_network(model: str) -> tuple[nn.Module, str]:
+    """What 'path/to/file.py:function' returns, and a checksum of that file and those beside it that it uses.
+
+    The file is run: it is the user's own code. A file beside it comes before ours of the same name.
+    """
+    place, _, name = model.rpartition(':')
+    file, here = Path(place).expanduser().resolve(), Path(__file__).resolve().parent
+    if not place.endswith('.py') or not file.is_file():
         raise ValueError(f'--model {model}: no such file; write path/to/file.py:function')
-    return Path(path).expanduser().resolve(), function
-
-
-def own_network(model: str) -> nn.Module:
-    """What 'path/to/file.py:function' returns. The file is run: it is the user's own code. The files beside
-    it come before ours of the same name, and are read anew."""
-    file, name = own_file(model)
-    beside = {p.stem for p in file.parent.iterdir() if p.is_dir() or p.suffix == '.py'}
-    ours = {p.stem for p in Path(__file__).resolve().parent.glob('*.py') if p.parent != file.parent}
-    modules, bytecode = dict(sys.modules), sys.dont_write_bytecode
-    for key in beside & ours:
+    folder = file.parent
+    beside = {p.stem for p in folder.iterdir() if p.is_dir() or p.suffix == '.py'}
+    modules, path, bytecode, sources = dict(sys.modules), list(sys.path), sys.dont_write_bytecode, {str(file)}
+    for key in beside & {p.stem for p in here.glob('*.py') if here != folder}:
         sys.modules.pop(key, None)
-    sys.path.insert(0, str(file.parent))
+    sys.path[:] = [str(folder), *(p for p in path if Path(p).resolve() != here)]
     sys.dont_write_bytecode = True    # else a second change within a second would be overlooked
     importlib.invalidate_caches()
     try:
         functions = runpy.run_path(str(file))
         if not callable(functions.get(name)):
             raise ValueError(f"there is no function '{name}' in it{did_you_mean(name, functions)}")
-        return functions[name]()
+        network = functions[name]()
     finally:
-        sys.path.remove(str(file.parent))
-        sys.dont_write_bytecode = bytecode
-        for key in set(sys.modules) - set(modules):
-            if key.split('.')[0] in beside:
-                del sys.modules[key]
+        sys.path[:], sys.dont_write_bytecode = path, bytecode
+        for key, module in list(sys.modules.items()):
+            if key.split('.')[0] in beside and modules.get(key) is not module:    # to be read anew next time
+                sources.add(getattr(sys.modules.pop(key), '__file__', None))
         sys.modules.update(modules)
+    text = b''.join(Path(source).read_bytes() for source in sorted(filter(None, sources)))
+    return network, hashlib.sha256(text).hexdigest()[:8]
 
 
 def source_digest(model: str) -> str:
-    """A checksum of the user's file and the Python files beside it that it imports; '' for other networks."""
+    """The checksum of the user's files, by which a ledger tells versions apart; '' for other networks."""
     if model in MODELS or model.startswith('torchvision:'):
         return ''
-    file, _ = own_file(model)
-    finder = ModuleFinder(path=[str(file.parent)])
-    finder.run_script(str(file))
-    files = sorted({m.__file__ for m in finder.modules.values() if m.__file__})
-    return hashlib.sha256(b''.join(Path(path).read_bytes() for path in files)).hexdigest()[:8]
+    with torch.random.fork_rng([]):
+        return own_network(model)[1]
 
 
 def torchvision_network(model: str, dataset: Any) -> nn.Module:
@@ -472,13 +476,15 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
     x = dataset.train[:config.context].long().repeat(2, 1) if text else dataset.train[0][:2].float() / 255
     wanted = (*x.shape, dataset.classes) if text else (2, dataset.classes)
     try:
-        other = replaced(own_network(model) if own else torchvision_network(model, dataset), make, x, only)
+        other = replaced(own_network(model)[0] if own else torchvision_network(model, dataset), make, x, only)
         for mode, got in zip(('training', 'eval'), other.outputs):
             if got != wanted:
                 raise ValueError(f'given {tuple(x.shape)}, it returns {got} in {mode} mode; wanted: {wanted}')
     except (Exception, SystemExit) as error:
-        lines = [f'{Path(f.filename).name}, line {f.lineno}, ' for f in traceback.extract_tb(error.__traceback__)
-                 if f.filename != __file__ and 'site-packages' not in f.filename]    # of the user's code
+        lines = [f'{Path(f.filename).name}, line {f.lineno}, '
+                 for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__
+                 and not re.search('<|lib.python|site-packages', f.filename)]    # of the user's code
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
-        raise ValueError(f"{what}: {''.join(lines[-1:])}{kind}{(str(error).splitlines() or [''])[0]}") from error
+        text = (str(error).splitlines() or [''])[0]
+        raise ValueError(f"{what}: {''.join(lines[-1:])}{kind}{text}") from error
     return other

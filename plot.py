@@ -12,13 +12,13 @@ from models import STANDARD
 
 # Student's t with 1, 2, 3 ... degrees of freedom has 95 % of its mass in [-t, t].
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # told apart by all eyes
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # for all eyes
 STYLES = ('-', '--', '-.', ':')
 
 
 def compare(values: dict[int, float], reference: dict[int, float]) -> tuple[int, float, float]:
-    """Paired differences of a metric by seed, over the seeds that both have: how many, their mean, and half the width
-    of its 95 % interval (infinite for one seed)."""
+    """Paired differences of a metric by seed, over the seeds that both have: how many, their mean, and half of
+    its 95 % interval (infinite for one seed)."""
     d = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
     if len(d) < 2:
         return len(d), d[0] if d else math.nan, math.inf
@@ -103,9 +103,10 @@ def curve(f: Activation) -> tuple[list[float], list[float]]:
 
 
 def search(folder: Path) -> Path:
-    """Draw search.png of a run from its log: the function over the steps, the losses, the weights by choice point."""
+    """Draw search.png of a run from its log: the function over the steps, the losses, the weights."""
     plt, result, found = pyplot(), folder / 'activation.json', None
-    rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+    lines = (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith('}')]  # the last may be cut
     config, steps = rows[0]['config'], [row for row in rows if 'weights' in row]
     if not steps:
         raise ValueError(f'{folder}/log.jsonl holds no step yet; wait a little')
@@ -130,9 +131,10 @@ def search(folder: Path) -> Path:
         functions.plot(*curve(found), 'k--', linewidth=2.2, label='found')
         heights += curve(found)[1]
     functions.set(xlabel='input x', ylabel='output', title='the relaxed function over the search',
-                  ylim=(max(min(heights), -4) - 0.3, min(max(heights), 6) + 0.3))  # a steep end flattens nothing
+                  ylim=(max(min(heights), -4) - 0.3, min(max(heights), 6) + 0.3))
     functions.legend(loc='upper left')
-    above.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, config['steps']), colours), ax=functions, label='step')
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, config['steps']), colours)
+    above.colorbar(scale, ax=functions, label='step')
 
     for name, colour, style in (('train_loss', '#E69F00', '-'), ('val_loss', '#0072B2', '--')):
         points = [(row['step'], row[name]) for row in steps if row[name] is not None] or [(0, math.nan)]
@@ -162,11 +164,12 @@ def search(folder: Path) -> Path:
 
 
 def comparison(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Draw the functions of an evaluation, their training curves, and by seed how they differ from the reference."""
+    """Draw the functions of an evaluation, their training curves, and their differences to the reference."""
     plt, groups = pyplot(), by_name([row for row in rows if not row['diverged']])
     model = rows[0]['settings']['model']
     reference = STANDARD.get(model, 'own')
-    mean = {name: statistics.fmean(row['test_loss'] for row in group.values()) for name, group in groups.items()}
+    mean = {name: statistics.fmean(row['test_loss'] for row in group.values())
+            for name, group in groups.items()}
     names = sorted(groups, key=lambda name: (name != reference, mean[name]))[:7]  # more cannot be told apart
     figure, (functions, curves, differences) = plt.subplots(1, 3, figsize=(15, 4.6), layout='constrained')
     for k, name in enumerate(names):
@@ -175,12 +178,14 @@ def comparison(rows: list[dict[str, Any]], path: Path) -> Path:
             f = Activation(group[0]['expression'], group[0]['clip'])
             functions.plot(*curve(f), label=f.formula if len(f.formula) < 40 else name[:40], **look)
         columns = zip(*(row['curve'] for row in group))
-        curves.plot(*zip(*((points[0][0], statistics.fmean(p[1] for p in points)) for points in columns)), **look)
+        points = [(column[0][0], statistics.fmean(loss for _, loss in column)) for column in columns]
+        curves.plot(*zip(*points), **look)
         common = groups[name].keys() & groups.get(reference, {}).keys()
         d = [groups[name][seed]['test_loss'] - groups[reference][seed]['test_loss'] for seed in common]
         differences.plot(d, [k] * len(d), 'o', color=COLOURS[k])
     functions.set(xlabel='x', ylabel='f(x)', ylim=(-2, 4), title='functions')
-    functions.legend(fontsize=10, loc='upper left')
+    if len(functions.lines):
+        functions.legend(fontsize=10, loc='upper left')
     curves.set(xlabel='step', ylabel='training loss (nats)', title=f'{model}, mean over seeds')
     differences.axvline(0, color='0.6', linewidth=1)
     differences.set(xlabel=f'test loss minus that of {reference}, a dot a seed', title='left is better')

@@ -5,9 +5,10 @@ The loop is in `search`, and it is the lesson. A step has two halves that are st
     1. architecture step   alphas and scalars of the cell, on a validation batch
     2. weight step         weights of the network, on a training batch
 
-while operations are dropped one by one (paper: arXiv 2408.06820, sections 3.2 and 3.3). Then a few functions are
-trained for a while, and the best of them on validation data is the result.
+while operations are dropped one by one (paper: arXiv 2408.06820, sections 3.2 and 3.3). Then a few functions
+are trained for a while, and the best of them on validation data is the result.
 """
+import contextlib
 import copy
 import dataclasses
 import io
@@ -32,8 +33,9 @@ import data
 import plot
 from activation import SHAPES, Activation, distance, named, nonlinearity
 from cell import NORMALISERS, SAMPLERS, Cell, blame
-from evaluate import (Parser, Presets, Training, append, configure, cross_entropy, learning_rate, number,
-                      one_line_errors, option, score, seed_everything, train, weight_optimizer)
+from evaluate import (Parser, Presets, Training, append, check_device, configure, cosine, cross_entropy,
+                      learning_rate, number, one_line_errors, option, score, seed_everything, train,
+                      weight_optimizer)
 from models import STANDARD, network, teacher_and_student
 from space import Space
 
@@ -54,26 +56,26 @@ class Config(Training):
                          choices=('ours', 'paper'))
     steps: int = option(500, 'bi-level steps: an architecture step and a weight step each', number(2))
     cell: str = option('paper', 'shape of the cell', choices=tuple(SHAPES))
-    ops: str = option('base', 'operations: base, periodic, swish, no-composites, names; a minus takes one out')
-    clip: Optional[float] = option(10.0, "the paper's l, bound on the output of unbounded operations; or none", bound)
-    sampler: str = option('softmax', 'how alphas become weights: dirichlet is DrNAS, softmax DARTS', choices=SAMPLERS)
-    normalise: str = option('scale', "take gain out of each site's table: scale, or centre (the mean, too)",
-                            choices=NORMALISERS)
+    ops: str = option('base', 'base, periodic, swish, no-composites, names; a minus takes one out')
+    clip: Optional[float] = option(10.0, "the paper's l, bound on unbounded operations; or none", bound)
+    sampler: str = option('softmax', 'dirichlet is DrNAS, softmax DARTS', choices=SAMPLERS)
+    normalise: str = option('scale', "of each site's table: its gain, its mean (centre)", choices=NORMALISERS)
     arch_lr: float = option(0.03, 'learning rate of alphas and scalars (Adam)', number(0, float))
-    warmstart: float = option(0.15, 'share of the steps that train the weights with the standard activation first',
-                              number(0, float))
-    shrink: str = option('linear', 'pace of the drops: log drops most early', choices=('linear', 'log', 'none'))
-    discretise: str = option('gradient', 'functions to try: shrink, what is left of the cell; project, the formulas '
-                             'nearest to its curve; gradient, what is left and those with the best first-order score',
+    warmstart: float = option(0.15, 'share of the steps, with the standard activation', number(0, float))
+    shrink: str = option('linear', 'pace of the drops: log has most early', choices=('linear', 'log', 'none'))
+    discretise: str = option('gradient', 'functions to try: shrink, what is left of the cell; project, '
+                             'formulas nearest to its curve; gradient, what is left, and the best scores',
                              choices=('shrink', 'project', 'gradient'))
     candidates: int = option(8, 'functions to try; 0: what the descent ends with is the result', number(0))
     trial_steps: float = option(1.0, 'length of a trial, as a multiple of --steps', number(0, float))
+    arch_lr_end: float = option(1.0)      # share of arch_lr left at the end of the cosine
     warm_alphas: bool = option(False)     # whether the alphas learn during the warm start already
     shrink_from: float = option(0.3)      # the first drop
     shrink_until: float = option(0.92)    # the last drop
     temperature: float = option(0.1)      # of the softmax at shrink_until, falling from 1
-    start: float = option(0.5)            # weight of the standard activation when the cell takes over (softmax)
-    trust: float = option(0.6)            # largest relative distance to the standard of what the gradient proposes
+    start: float = option(0.5)            # weight of the standard when the cell takes over (softmax)
+    trust: float = option(0.8)            # largest relative distance to the standard of a proposal, and
+    lengths: tuple = option((3, 4, 5))    # the lengths of which the best are proposed
     trials_from: str = option('scratch')  # or trained: the weights of the descent
     judge: int = option(10)               # validation batches that judge a trial
 
@@ -82,28 +84,32 @@ class Config(Training):
         return min(round(share * self.steps), self.steps - 1)
 
 
-PAPER = dict(sampler='dirichlet', normalise='none', shrink='log', shrink_until=0.98, warm_alphas=True, start=0.0,
-             temperature=1.0, discretise='shrink', candidates=0)
+PAPER = dict(sampler='dirichlet', normalise='none', shrink='log', shrink_until=0.98, warm_alphas=True,
+             start=0.0, temperature=1.0, discretise='shrink', candidates=0)
 
-# What differs from evaluate.PRESETS. paper: its appendix; an epoch is the 75 % of the data that train the weights,
-# one epoch is warm start, dropping begins in the third.
+# What differs from evaluate.PRESETS. paper: its appendix; an epoch is the 75 % of the data that train the
+# weights, one epoch is warm start, dropping begins in the third.
 PRESETS: Presets = {
     'quick': {
-        'resnet20': dict(steps=150, lr_end=0.1),
-        'vit_tiny': dict(steps=60, lr_end=0.1, arch_lr=0.1, judge=24),
-        'minigpt': dict(steps=80, arch_lr=0.3),
-        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
-                    weight_decay=0.0, arch_lr=0.1, warmstart=0.05, shrink='none', normalise='centre', start=0.0,
-                    temperature=1.0, discretise='project', trial_steps=0.07, trials_from='trained'),
+        'resnet20': dict(steps=150, lr_end=0.1, trust=0.5, lengths=(2,)),
+        'vit_tiny': dict(steps=120, lr_end=0.1, arch_lr=0.1, judge=24, warmstart=0.6, shrink_from=0.65,
+                         candidates=4, trial_steps=1.3),
+        'minigpt': dict(steps=240, arch_lr=0.3, warmstart=0.6, shrink_from=0.65, candidates=4,
+                        lengths=(4, 5, 6), trial_steps=1.3),
+        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03,
+                    lr_end=0.0, weight_decay=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.05, shrink='none',
+                    normalise='centre', start=0.0, temperature=1.0, discretise='project', candidates=16,
+                    lengths=tuple(range(2, 10)), trial_steps=0.07, trials_from='trained'),
     },
     'paper': {
-        'resnet20': dict(steps=14650, batch_size=64, accumulate=2, lr_milestones=(), grad_clip=5.0, arch_lr=6e-4,
+        'resnet20': dict(steps=14650, batch_size=64, accumulate=2, lr_milestones=(), grad_clip=5.0,
+                         arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, **PAPER),
+        'vit_tiny': dict(steps=3650, batch_size=128, accumulate=4, grad_clip=5.0, arch_lr=6e-4,
                          warmstart=0.02, shrink_from=0.04, **PAPER),
-        'vit_tiny': dict(steps=3650, batch_size=128, accumulate=4, grad_clip=5.0, arch_lr=6e-4, warmstart=0.02,
-                         shrink_from=0.04, **PAPER),
         'minigpt': dict(steps=1000, warmup=0.0, arch_lr=1e-3, warmstart=0.1, shrink_from=0.2, **PAPER),
-        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2, lr_end=1.0,
-                    weight_decay=0.0, grad_clip=5.0, arch_lr=1e-2, warmstart=0.07, shrink_from=0.14, **PAPER),
+        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2,
+                    lr_end=1.0, weight_decay=0.0, grad_clip=5.0, arch_lr=1e-2, warmstart=0.07,
+                    shrink_from=0.14, **PAPER),
     },
 }
 
@@ -111,20 +117,20 @@ PRESETS: Presets = {
 # ---- the search ----
 
 def held(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network for an architecture step, its weights as constants and its buffers as copies: a validation batch
-    leaves no trace in gradients or running statistics, a leak that is easy to miss."""
+    """The network for an architecture step, its weights as constants and its buffers as copies: a validation
+    batch leaves no trace in gradients or running statistics, a leak that is easy to miss."""
     state = {name: p.detach() for name, p in model.named_parameters()}
     state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     return lambda x: functional_call(model, state, (x,))
 
 
 def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
-    """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Returns whether they and the
-    others are finite: if not, the step must not be taken. To ask makes a GPU wait, once in a half-step."""
+    """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Whether they and the
+    others are finite; if not, do not take the step. To ask makes a GPU wait, once in a half-step."""
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     if limit:
         torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
-    return bool(torch.stack([norm, *torch._foreach_norm(others)]).isfinite().all())
+    return bool(torch.stack(torch._foreach_norm([norm, *others])).isfinite().all())
 
 
 def operations_left(step: int, config: Config, first: int, last: int) -> int:
@@ -138,13 +144,15 @@ def operations_left(step: int, config: Config, first: int, last: int) -> int:
     return first - int((first - last) * share + 1e-9)
 
 
-def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: Iterator, loss: Loss, config: Config,
-           run: Optional['Run'] = None) -> tuple[Activation, dict[str, float]]:
+def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: Iterator, loss: Loss,
+           config: Config, run: Optional['Run'] = None) -> tuple[Activation, dict[str, float]]:
     """Search an activation for `model`, whose activations are sites of `cell`.
 
-    train_batches, val_batches: endless iterators of (input, target) on the model's device, from disjoint data.
+    train_batches, val_batches: endless iterators of (input, target), disjoint data on the model's device.
     Returns the function found and its scores on validation batches.
     """
+    for module in model.modules():  # a buffer made by expand() could not be restored
+        module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
     weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
     score(model, repeatable(val_batches, 1)(), loss)  # what does not fit shows now, not after the descent
@@ -153,39 +161,47 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     weight_opt = weight_optimizer(weights, config)
     arch_opt = torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
     run = run or Run(config)
-    run.hold(model=model, cell=cell, weight_opt=weight_opt, arch_opt=arch_opt, train=train_batches, val=val_batches)
+    run.hold(model=model, cell=cell, weight_opt=weight_opt, arch_opt=arch_opt, train=train_batches,
+             val=val_batches)
     all_operations, warmstart = sum(map(len, cell.ops)), config.at(config.warmstart)
-    running = [b for b in model.buffers() if b.is_floating_point() and b.isfinite().all()]  # a mask of -inf is none
+    # running statistics; a mask of -inf is none
+    running = [b for b in model.buffers() if b.is_floating_point() and b.isfinite().all()]
     model.train()
 
     for step in range(run.state['step'], config.steps):
         warm, val_loss, dropped, trouble = step < warmstart, None, [], None
         collect = warm and config.discretise == 'gradient'
         cell.temperature = config.temperature ** min(1.0, step / max(config.at(config.shrink_until), 1))
+        arch_opt.param_groups[0]['lr'] = config.arch_lr * cosine(step / config.steps, config.arch_lr_end)
 
-        # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradient over
-        #    without writing a .grad anywhere, and the weights are constants.
+        # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradient
+        #    over without writing a .grad anywhere, and the weights are constants.
         if collect or config.warm_alphas or not warm:
-            gradients = [torch.zeros_like(p) for p in architecture]
+            gradients, slopes = [torch.zeros_like(p) for p in architecture], torch.zeros(())
             for _ in range(config.accumulate):
                 x, y = next(val_batches)
                 cell.tabulate(standard=collect)
+                if not cell.learns:
+                    break  # one operation a choice point is left, and none with a scalar
                 val_loss = loss(held(model)(x), y) / config.accumulate
-                if collect:
-                    cell.gradient += torch.autograd.grad(val_loss, cell.values)[0]  # dL/df scores all functions
-                elif cell.learns:
+                if collect:  # dL/df, which will score all functions of the space
+                    slopes = slopes + torch.autograd.grad(val_loss, cell.values)[0]
+                else:
                     found = torch.autograd.grad(val_loss, architecture, allow_unused=True)
                     gradients = [g if f is None else g + f for g, f in zip(gradients, found)]
             for p, g in zip(architecture, gradients):
                 p.grad = g
-            if not clip_gradients(gradients, config.grad_clip, val_loss.detach()):
+            others = [slopes] if val_loss is None else [slopes, val_loss.detach()]
+            if not clip_gradients(gradients, config.grad_clip, *others):
                 trouble = blame(model, cell, x) | {'skipped': 'architecture'}
-            elif not collect:
+            elif collect:
+                cell.collect(slopes, early=warmstart // 8 <= step <= warmstart // 4)
+            else:
                 arch_opt.step()
             arch_opt.zero_grad()
 
-        # 2. Weight step: the weights, on training batches. The tables are made without a graph, so that nothing
-        #    leads back to the alphas.
+        # 2. Weight step: the weights, on training batches. The tables are made without a graph, so that
+        #    nothing leads back to the alphas.
         for group in weight_opt.param_groups:
             group['lr'] = learning_rate(step, config)
         before = [b.clone() for b in running]
@@ -203,7 +219,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
             torch._foreach_copy_(running, before)
         weight_opt.zero_grad()
 
-        # 3. Progressive shrinking: drop what the alphas like least, until one operation a choice point is left.
+        # 3. Progressive shrinking: drop what the alphas like least, until each choice point has one left.
         while cell.operations() > operations_left(step + 1, config, all_operations, len(cell.choices)):
             dropped.append(cell.drop())
 
@@ -214,7 +230,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
 
 
 def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
-    """The next `count` batches, as often as wanted. Those of data.py are functions of their number; others are kept."""
+    """The next `count` batches, as often as wanted. Those of data.py are made again; others are kept."""
     if hasattr(batches, 'state_dict'):
         start = copy.copy(batches)
         return lambda: itertools.islice(copy.copy(start), count)
@@ -223,30 +239,33 @@ def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
 
 
 def proposals(cell: Cell, config: Config) -> list[Activation]:
-    """The functions to try, see --discretise: neither the standard activation nor straight lines."""
+    """The functions to try, see --discretise: neither nearly straight lines nor the standard activation."""
     trees = [] if config.discretise == 'project' else [cell.tree()]
     if config.discretise != 'shrink':
-        space = Space(config.ops, config.clip, config.cell)
-        density = cell.density(space.x)
+        space, bins = Space(config.ops, config.clip, config.cell), cell.grid[cell.bins]
         if config.discretise == 'project':
-            matches = space.nearest(cell.curve(space.x), density, config.candidates)
+            matches = space.nearest(cell.curve(space.x), space.pool(cell.seen.mean(0), bins), 2000)
         else:
-            gradient = space.pool(cell.gradient.sum(0), cell.grid)
-            matches = space.steepest(gradient, density, cell.standard, config.trust, config.candidates)
-        trees += [match.tree for match in matches]
-    functions = [Activation(tree, config.clip) for tree in trees]
-    if not config.candidates:
-        return functions[:1]
-    new = [f for f in functions if nonlinearity(f) > 0.01 and distance(f, cell.standard, rescale=False) > 0.003]
-    return new[:config.candidates] or functions[:1]
+            inputs, early = (space.pool(seen + 1e-9, bins) for seen in (cell.inputs, cell.early))
+            gradient = space.pool(cell.gradient, cell.grid)
+            matches = space.steepest(gradient, inputs, early, cell.standard, config.trust, 2000)
+        matches.sort(key=lambda match: match.score)
+        of_length = [[match.tree for match in matches if match.length == n] for n in config.lengths]
+        trees += [tree for row in itertools.zip_longest(*of_length) for tree in row if tree]
+    found, bend = [], 0.01 if config.teacher else 0.15  # how far from a straight line
+    for f in (Activation(tree, config.clip) for tree in trees):
+        new = len(found) < config.candidates and distance(f, cell.standard, False) > 0.01
+        found += [f] if new and nonlinearity(f) > bend else []
+    return found or [Activation(trees[0], config.clip)]
 
 
 def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
-               val_batches: Iterator, loss: Loss, config: Config, run: 'Run') -> tuple[Activation, dict[str, float]]:
-    """The best of the proposals, each trained on the same batches from the same weights and judged on validation data.
+               val_batches: Iterator, loss: Loss, config: Config, run: 'Run',
+               ) -> tuple[Activation, dict[str, float]]:
+    """The best of the proposals on validation data, trained on the same batches from the same weights.
 
-    A large weight in the mixture does not mean that an operation works alone, and a function that suits weights
-    already trained can be useless from scratch.
+    A large weight in the mixture does not mean that an operation works alone, and a function that suits
+    weights already trained can be useless from scratch.
     """
     functions, judge = proposals(cell, config), repeatable(val_batches, config.judge)
     if not config.candidates:
@@ -255,15 +274,18 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
     trial = dataclasses.replace(config, steps=max(2, round(config.trial_steps * config.steps)))
     batches = repeatable(train_batches, trial.steps * config.accumulate)
     start = initial if config.trials_from == 'scratch' else copy.deepcopy(model.state_dict())
-    results = run.state['results']
+    results, seen = run.state['results'], cell.seen.clone()
     for f in [cell.standard, *functions]:
         if f.expression not in results:
             model.load_state_dict(start)
             cell.use(f)
             train(model, batches(), loss, trial)
             results[f.expression] = score(model, judge(), loss)
+            model.load_state_dict(start)  # what is saved now must propose the same functions again
+            cell.seen.copy_(seen)
             run.tried(f, results[f.expression])
-    best = min(functions, key=lambda f: results[f.expression]['loss'] if results[f.expression]['loss'] < 1e9 else 1e9)
+    finite = [f for f in functions if math.isfinite(results[f.expression]['loss'])] or functions
+    best = min(finite, key=lambda f: results[f.expression]['loss'])
     return best, results[best.expression] | {'standard_loss': results[cell.standard.expression]['loss']}
 
 
@@ -272,11 +294,11 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
 class Run:
     """Log, checkpoint and progress line of a search; without a folder nothing is kept.
 
-    log.jsonl: the settings, a line each 1 % of the steps, for each step that was skipped, for each function tried.
+    log.jsonl: the settings, a line each 1 % of the steps, for each skipped step, and for each function tried.
     checkpoint.pt: everything needed to go on exactly, replaced every minute.
     """
 
-    def __init__(self, config: Config, folder: Optional[Path] = None, resumed: Optional[dict[str, Any]] = None):
+    def __init__(self, config: Config, folder: Optional[Path] = None, resumed: Optional[dict] = None):
         self.config, self.folder, self.resumed = config, folder, resumed
         self.state: dict[str, Any] = {'step': 0, 'seconds': 0.0, 'log_size': 0, 'skipped': 0, 'dropped': [],
                                       'results': {}}
@@ -293,7 +315,8 @@ class Run:
             except ImportError:  # Windows
                 pass
             except BlockingIOError:
-                raise ValueError(f'{folder}: another process is at work there; choose another --out') from None
+                self.file.close()
+                raise ValueError(f'{folder}: another process is there; choose another --out') from None
             self.file.truncate(self.state['log_size'])  # what came after the checkpoint is done again
 
     def hold(self, **holders: Any) -> None:
@@ -304,16 +327,18 @@ class Run:
                 holder.load_state_dict(self.resumed[name])
             torch.set_rng_state(self.resumed['random'])
         elif self.folder:
-            append(self.folder / 'log.jsonl', {'config': dataclasses.asdict(self.config)})
             self.save()
+        if self.folder and not self.state['log_size']:
+            append(self.folder / 'log.jsonl', {'config': dataclasses.asdict(self.config)})
 
     def after(self, step: int, train_loss: Tensor, val_loss: Optional[Tensor], dropped: list[str],
               trouble: Optional[dict[str, Any]]) -> None:
-        """Log, progress line and checkpoint after a step. Raises ValueError when 20 steps in a row were skipped."""
+        """Log, progress and checkpoint after a step. Raises ValueError after 20 skipped steps in a row."""
         state, config = self.state, self.config
-        state.update(step=step, dropped=state['dropped'] + dropped, skipped=state['skipped'] + 1 if trouble else 0)
+        skipped = state['skipped'] + 1 if trouble else 0
+        state.update(step=step, dropped=state['dropped'] + dropped, skipped=skipped)
         if state['skipped'] == 20:
-            raise ValueError(f"20 steps in a row were not finite, the last at site {trouble['site']}, operation "
+            raise ValueError(f"20 steps in a row were not finite, most at site {trouble['site']}, operation "
                              f"{trouble['op']}; try a smaller --lr, a smaller --clip, or --normalise scale")
         if not self.folder:
             return
@@ -321,15 +346,15 @@ class Run:
             append(self.folder / 'log.jsonl', {'step': step, **trouble})
         if step % max(1, config.steps // 100) == 0 or step == config.steps:  # here losses leave the device
             cell = self.holders['cell']
-            losses = [v if v is None else round(v.item() * config.accumulate, 6) for v in (train_loss, val_loss)]
+            losses = [v if v is None else v.item() * config.accumulate for v in (train_loss, val_loss)]
             curve = cell.curve(torch.linspace(-4, 4, 81, device=cell.grid.device))
             append(self.folder / 'log.jsonl', {
                 'step': step, 'train_loss': losses[0], 'val_loss': losses[1], 'dropped': state['dropped'],
                 'curve': [round(v, 4) for v in curve.tolist()], 'weights': cell.named_weights()})
             state['dropped'] = []
             left = (time.monotonic() - self.started) / (step - self.first) * (config.steps - step) / 60
-            val = '' if losses[1] is None else f' val {losses[1]:.3f}'
-            self.show(f'step {step}/{config.steps} {100 * step // config.steps:3d}% | train {losses[0]:.3f}{val} | '
+            shown = ' '.join(f'{v:.3f}' for v in losses if v is not None)
+            self.show(f'step {step}/{config.steps} {100 * step // config.steps:3d}% | train, val {shown} | '
                       f'{cell.operations()} ops left | {Activation(cell.tree(), config.clip).formula} | '
                       f'{left:.1f} min left', step == config.steps)
         if time.monotonic() - self.saved > 60 or step == config.steps:
@@ -340,6 +365,10 @@ class Run:
             append(self.folder / 'log.jsonl', {'tried': f.expression, **result})
             self.show(f"tried: validation loss {result['loss']:.4f}  {f.formula}", True)
             self.save()
+
+    def close(self) -> None:
+        if self.folder:
+            self.file.close()
 
     def elapsed(self) -> float:
         return self.state['seconds'] + time.monotonic() - self.started
@@ -371,19 +400,20 @@ class Run:
                                'threads': torch.get_num_threads()}}
         lines = ['', f'    f(x) = {short.formula}', '']
         if not nonlinearity(short) > 0.01:
-            lines.append('warning:     a straight line, with which a network learns little; try another --seed')
+            lines.append('warning:     a straight line: a network learns little with it; try another --seed')
         if config.teacher:
             result['distance'] = distance(short.double(), named(config.teacher))
-            lines.append(f"planted:     {named(config.teacher).formula}, {100 * result['distance']:.2f} % away")
-        note = f'Found by search.py: {config.model} on {config.data}, seed {config.seed}, {config.steps} steps.'
+            away = f"{100 * result['distance']:.2f} % away"
+            lines.append(f'planted:     {named(config.teacher).formula}, {away}')
+        note = f'Found by search.py: {config.model} on {config.data}, seed {config.seed}.'
         write_whole(folder / 'found.py', short.float().module(note).encode())
         write_whole(folder / 'activation.json', json.dumps(result, indent=1).encode())
         command = ['python', os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py'), str(folder)]
         for name in ('model', 'preset', 'data', 'data_dir', 'side', 'only'):
-            value = str(getattr(config, name))
-            command += ['--' + name.replace('_', '-'), value] if value not in ('', '0', 'quick', 'teacher') else []
-        lines += ['validation:  ' + ', '.join(f"{key.replace('_', ' ')} {v:.4f}" for key, v in validation.items()),
-                  f'time:        {self.elapsed() / 60:.1f} minutes',
+            if (value := str(getattr(config, name))) not in ('', '0', 'quick', 'teacher'):
+                command += ['--' + name.replace('_', '-'), value]
+        scores = ', '.join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in validation.items())
+        lines += [f'validation:  {scores}', f'time:        {self.elapsed() / 60:.1f} minutes',
                   f'files:       {folder}/activation.json, found.py, log.jsonl, checkpoint.pt',
                   f'next:        {shlex.join(command)}']
         print('\n'.join(lines), flush=True)
@@ -411,24 +441,24 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
         batches = [data.TeacherBatches(teacher, config.batch_size, seed, config.device) for seed in seeds]
     else:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
-        model, loss, parts = network(config, cell.site, dataset), cross_entropy, data.split(dataset, config.seed)
-        batches = [data.Batches(dataset, part, config.batch_size, seed, augment, config.context, config.device)
-                   for part, seed, augment in zip(parts, seeds, (True, False))]
+        model, loss = network(config, cell.site, dataset), cross_entropy
+        batches = [data.Batches(dataset, part, config.batch_size, seed, seed % 2 == 0, config.context,
+                                config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
     return model.to(config.device), cell.to(config.device), *batches, loss
 
 
 def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    """Configuration and checkpoint of a run; only --data-dir and --device may be given anew. Raises ValueError."""
+    """Configuration and checkpoint of a run. Only --data-dir and --device may differ; else ValueError."""
     try:
         checkpoint = torch.load(folder / 'checkpoint.pt', map_location='cpu', weights_only=True)
         config = Config(**{**checkpoint['config'], 'out': str(folder)})
     except Exception as error:  # torch.load raises a dozen kinds on files that are something else
-        raise ValueError(f'--resume {folder}: no checkpoint of a search there ({type(error).__name__})') from None
+        raise ValueError(f'--resume {folder}: no checkpoint of a run ({type(error).__name__})') from None
     for name in vars(config).keys() & given.keys() - {'out'}:
         if name in ('data_dir', 'device'):
-            setattr(config, name, given[name])
+            setattr(config, name, check_device(given[name]) if name == 'device' else os.path.abspath(given[name]))
         elif given[name] != getattr(config, name):
-            raise ValueError(f'--resume goes on with the settings of the run: {name} is {getattr(config, name)}')
+            raise ValueError(f'--resume keeps the settings of the run: {name} is {getattr(config, name)}')
     return config, checkpoint
 
 
@@ -445,20 +475,27 @@ def main(arguments: Optional[list[str]] = None) -> None:
         if given['resume']:
             config, checkpoint = resume(Path(given['resume']), given)
         else:
-            config = configure(Config, PRESETS, {**PAPER, **given} if given.get('method') == 'paper' else given)
+            given = {**(PAPER if given.get('method') == 'paper' else {}), **given}
+            config = configure(Config, PRESETS, given)
             name = Path(config.model).name.replace('.py:', '-').replace(':', '-')
             config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
-        files = ('activation.json', 'found.py', 'search.png') + ('checkpoint.pt', 'log.jsonl') * (not checkpoint)
-        if there := [name for name in files if (Path(config.out) / name).exists()]:
-            raise ValueError(f'{config.out} holds {there[0]} already; choose another --out, or go on with an '
-                             f'unfinished run by --resume')
+            planted = config.data == 'teacher'
+            if planted and config.data_dir or not planted and given.get('teacher'):
+                raise ValueError('--teacher makes the data of --model toy: leave out --data and --data-dir')
+            config.teacher = config.teacher if planted else ''
+        files = ('activation.json', 'found.py', 'search.png', 'checkpoint.pt', 'log.jsonl')
+        paths = [Path(config.out) / name for name in files[:1 if checkpoint else 5]]
+        if there := [path for path in paths if path.exists() and path.stat().st_size]:
+            raise ValueError(f'{there[0]} already exists; choose another --out, or go on with an '
+                             f'unfinished run by --resume {config.out}')
         model, cell, train_batches, val_batches, loss = prepare(config)
-        print(f'searching {math.prod(map(len, cell.ops)):,} spellings for {config.model} ('
-              f'{sum(p.numel() for p in model.parameters()):,} weights, {cell.sites} sites) on {config.data}: '
-              f'{config.steps} steps, then {config.candidates} functions to try; run folder {config.out}', flush=True)
-        folder = Path(config.out)
-        run = Run(config, folder, checkpoint)
-        run.finish(*search(model, cell, train_batches, val_batches, loss, config, run))
+        folder, weights = Path(config.out), sum(p.numel() for p in model.parameters())
+        spellings = math.prod(map(len, cell.ops))
+        print(f'searching {spellings:,} spellings for {config.model} ({weights:,} weights, {cell.sites} sites) '
+              f'on {config.data}: {config.steps} steps, then {config.candidates} functions to try; run folder '
+              f'{config.out}', flush=True)
+        with contextlib.closing(Run(config, folder, checkpoint)) as run:
+            run.finish(*search(model, cell, train_batches, val_batches, loss, config, run))
 
 
 if __name__ == '__main__':

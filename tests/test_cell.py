@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from activation import Activation, named, parse, write
 from cell import BINS, LIMIT, SAMPLERS, Cell, Lookup, Tabulated, blame, lines, uniform_grid
 
-SMOOTH = 'base,-abs,-sqrt,-relu,-min0,-elu,-leaky_relu,-max,-min,-square,-cube,-exp,-sinh,-mul'  # no kink or clip
+SMOOTH = 'base,-abs,-sqrt,-relu,-min0,-elu,-leaky_relu,-max,-min,-square,-cube,-exp,-sinh,-mul'  # no kink
 
 
 def random_cell(seed: int = 0, sites: int = 1, **options) -> tuple[Cell, nn.ModuleList]:
@@ -24,74 +24,52 @@ def random_cell(seed: int = 0, sites: int = 1, **options) -> tuple[Cell, nn.Modu
     return cell, nn.ModuleList(cell.site() for _ in range(sites))
 
 
-def shrunk(*arguments, **options) -> Cell:
-    cell, _ = random_cell(*arguments, **options)
+def shrunk(seed: int, shape: str = 'paper') -> Cell:
+    cell, _ = random_cell(seed, shape=shape)
     while cell.operations() > len(cell.choices):
         cell.drop()
     return cell
 
 
-LAYOUTS = {'contiguous': lambda x: x, 'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
-           'transposed': lambda x: x.transpose(1, 3), 'gaps': lambda x: x[:, ::2, :, 1:], 'empty': lambda x: x[:0],
-           'expanded': lambda x: x[:1].expand(5, -1, -1, -1), 'scalar': lambda x: x[0, 0, 0, 0]}
+LAYOUTS = {
+    'contiguous': lambda x: x, 'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+    'transposed': lambda x: x.transpose(1, 3), 'gaps': lambda x: x[:, ::2, :, 1:], 'empty': lambda x: x[:0],
+    'expanded': lambda x: x[:1].expand(5, -1, -1, -1), 'scalar': lambda x: x[0, 0, 0, 0]}
 
 
 @pytest.mark.parametrize('piece', [1 << 18, 50])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_lookup_is_linear_interpolation(layout, piece, monkeypatch):
-    """Values and the gradient to x against numpy, in every layout, which stays, and in pieces."""
+    """Values, gradients to x and to the values against numpy, in every layout, which stays, and in pieces."""
     monkeypatch.setattr('cell.PIECE', piece)
     torch.manual_seed(0)
-    x, values = LAYOUTS[layout](2 * torch.randn(4, 6, 2, 3)).requires_grad_(), torch.randn(13)
-    y, flat = Lookup.apply(values, lines(values, 3.0), 3.0, x), x.detach().numpy()
-    left = np.floor((flat + 3) / 0.5).clip(0, 11).astype(int)
-    slope = np.diff(values.numpy())[left] / 0.5
-    assert np.allclose(y.detach(), values.numpy()[left] + slope * (flat + 3 - 0.5 * left), atol=1e-5)
+    x = LAYOUTS[layout](2 * torch.randn(4, 6, 2, 3)).requires_grad_()
+    values = torch.randn(13, requires_grad=True)
+    y, at, v = Lookup.apply(values, lines(values, 3.0), 3.0, x), x.detach().numpy(), values.detach().numpy()
+    left = np.floor((at + 3) / 0.5).clip(0, 11).astype(int)
+    slope = np.diff(v)[left] / 0.5
+    assert np.allclose(y.detach(), v[left] + slope * (at + 3 - 0.5 * left), atol=1e-5)
     assert y.stride() == x.stride() or layout in ('gaps', 'expanded')
     g = torch.randn(y.shape[::-1]).permute(tuple(range(y.dim()))[::-1])  # in another layout than y
-    assert np.allclose(torch.autograd.grad(y, x, g)[0], slope * g.numpy(), atol=1e-5)
-
-
-def test_lookup_gradients_by_finite_differences():
-    """Float64: to x anywhere between grid points, to the values from the middle of intervals."""
-    values = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    x = torch.tensor([-2.3, -1.1, 0.2, 0.9, 2.7], dtype=torch.float64, requires_grad=True)
-    middle = torch.tensor([-1.75, -0.25, -0.25, 0.75, 1.75], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: Lookup.apply(values.detach(), lines(values, 2.0), 2.0, x), x)
-    assert torch.autograd.gradcheck(lambda v: Lookup.apply(v, lines(v, 2.0), 2.0, middle), values)
+    to_x, to_values = torch.autograd.grad(y, (x, values), g)
+    halves = np.bincount(left.ravel(), g.numpy().ravel() / 2, 12)
+    assert np.allclose(to_x, slope * g.numpy(), atol=1e-5)
+    assert np.allclose(to_values, np.append(halves, 0) + np.append(0, halves), atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_lookup_dtypes_and_strange_numbers(dtype):
-    """The dtype of x comes back, rounded once from float32; a NaN stays one; beyond the grid the line goes on."""
+def test_dtypes_and_strange_numbers(dtype):
+    """The dtype of x comes back, rounded once from float32; NaN stays NaN; the last line goes on; and a kink
+    at 0, which is a grid point, is exact."""
     x = torch.tensor([math.nan, 1.0, -2.5, 0.1, 1e4, -1e4, math.inf], dtype=dtype, requires_grad=True)
     y = Tabulated(named('gelu'))(x)
     y.backward(torch.ones_like(y))
-    assert y.dtype == x.grad.dtype == dtype and y[0].isnan() and y[-1] == math.inf and x.grad[1:].isfinite().all()
+    assert y.dtype == x.grad.dtype == dtype and x.grad[1:].isfinite().all()
+    assert y[0].isnan() and y[-1] == math.inf
     expected, rtol = F.gelu(x[1:-1].float()).to(dtype), max(1e-4, torch.finfo(dtype).eps)
     assert torch.allclose(y[1:-1], expected, rtol=rtol, atol=1e-5)
-
-
-@pytest.mark.parametrize('expression', ['relu(x)', 'leaky_relu(x)', 'max(x, scale(x, 0.25))', 'x'])
-def test_kinks_at_zero_are_exact(expression):
-    """0 is a grid point: a function with its only kink there is its own table, next to 0 and far outside."""
-    x = torch.tensor([-1e4, -12.0, -3.3, -1e-3, -2e-6, 2e-6, 1e-3, 3.3, 12.0, 1e4], requires_grad=True)
-    y, expected = Tabulated(Activation(expression))(x), Activation(expression)(x)
-    slopes = [torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)]
-    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-9) and torch.allclose(*slopes, rtol=1e-4, atol=1e-6)
-
-
-def test_two_bytes_are_kept_and_the_result_may_be_modified():
-    """Code behind the activation may work in place; the input is not kept."""
-    cell, (site,) = random_cell()
-    for prepare in (cell.use_standard, cell.tabulate):
-        prepare()
-        x = torch.randn(1000, requires_grad=True)
-        y = site(x)
-        kept = y.grad_fn.saved_tensors[0] if cell.learns else None
-        y += x
-        y.sum().backward()
-    assert x.grad.isfinite().all() and kept.numel() * kept.element_size() == 2000
+    x = torch.tensor([-1e4, -1e-3, -2e-6, 2e-6, 1e-3, 1e4], dtype=dtype)
+    assert torch.allclose(Tabulated(named('leaky_relu'))(x), F.leaky_relu(x), rtol=rtol, atol=1e-9)
 
 
 @pytest.mark.parametrize('seed', range(40))
@@ -138,17 +116,17 @@ def test_network_by_table_against_op_by_op(sampler, shape):
     results = []
     for f, g in (sites, op_by_op):
         loss = g(model[1](f(model[0](x)))).sin().sum()
-        gradients = [torch.autograd.grad(loss, [*part.parameters()], retain_graph=True, materialize_grads=True)
-                     for part in (model, cell)]
-        results.append([loss, *(torch.cat([g.flatten() for g in part]) for part in gradients)])
+        parts = [torch.autograd.grad(loss, [*m.parameters()], retain_graph=True, materialize_grads=True)
+                 for m in (model, cell)]
+        results.append([loss, *(torch.cat([p.flatten() for p in part]) for part in parts)])
     assert all((table - exact).norm() <= 1e-3 * exact.norm() for table, exact in zip(*results))
 
 
 @pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize('shape', ['core', 'paper', 'deep'])
 def test_one_operation_left_is_the_activation_of_its_tree(shape, seed):
-    """The shrunk cell, its Activation and the parsed text of that are the same function exactly, with scalars."""
-    cell, x = shrunk(seed, shape=shape), torch.linspace(-6, 6, 501)
+    """The shrunk cell, its Activation and the parsed text of that are one function, scalars included."""
+    cell, x = shrunk(seed, shape), torch.linspace(-6, 6, 501)
     with torch.no_grad():
         for f in (cell.curve, Activation(cell.tree()), Activation(parse(write(cell.tree())))):
             assert torch.equal(f(x), cell.evaluate(x, cell.sample())[0])
@@ -158,7 +136,7 @@ def test_one_operation_left_is_the_activation_of_its_tree(shape, seed):
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_weights(sampler):
-    """Rows sum to 1 over what is active; sites draw their own with dirichlet; mean and softmax draw nothing."""
+    """Rows of what is active sum to 1; dirichlet draws for each site, shared once, mean and softmax never."""
     cell, _ = random_cell(sampler=sampler, sites=3)
     cell.drop()
     weights, again = cell.sample(), cell.sample()
@@ -169,8 +147,8 @@ def test_weights(sampler):
 
 
 def test_moments_of_the_samplers():
-    """Dirichlet with c = elu(alpha) + 1, s = sum(c): mean c / s, variance c (s - c) / s^2 (s + 1); c is at least
-    0.01, and the gradient reaches alpha. The temperature sharpens softmax."""
+    """Dirichlet with c = elu(alpha) + 1, at least 0.01, s = sum(c): mean c / s, variance
+    c (s - c) / s^2 (s + 1); the gradient reaches alpha. The temperature sharpens softmax."""
     cell, _ = random_cell(sampler='dirichlet')
     cell.sites, alpha = 20_000, cell.alpha[0].detach().double().numpy()
     draws, c = cell.sample()[0], np.where(alpha > 0, alpha + 1, np.exp(np.minimum(alpha, 0)))
@@ -185,7 +163,7 @@ def test_moments_of_the_samplers():
 
 @pytest.mark.parametrize('shape, unary, binary', [('core', 2, 1), ('paper', 4, 2), ('deep', 6, 3)])
 def test_start(shape, unary, binary):
-    """`start` is the weight of the standard activation and of right, with softmax only, if the cell has both."""
+    """`start` weighs the standard activation and right, with softmax only, and only if the cell has both."""
     cell = Cell(sampler='softmax', standard='gelu', shape=shape)
     cell.reset(0.0, start=0.5)
     assert cell.operations() == 23 * unary + 9 * binary and write(cell.tree()) == 'gelu(x)'
@@ -203,9 +181,10 @@ def test_start(shape, unary, binary):
 @pytest.mark.parametrize('ops', ['base', 'base,periodic,swish', 'relu,add'])
 @pytest.mark.parametrize('shape', ['core', 'deep'])
 def test_drops(ops, shape):
-    """Each drop takes the lowest alpha of a fullest choice point; at last one operation a choice point is left.
+    """Each drop takes the lowest alpha of a fullest choice point, until one operation a choice point is left.
     What was dropped weighs nothing: no gradient, and NaN there changes nothing."""
     cell, _ = random_cell(ops=ops, shape=shape)
+    total = cell.operations()
     while cell.operations() > len(cell.choices):
         before = [list(active) for active in cell.active]
         choice, name = cell.drop().split(':')
@@ -213,10 +192,10 @@ def test_drops(ops, shape):
         gone, = set(before[k]) - set(cell.active[k])
         assert len(before[k]) == max(map(len, before)) and cell.ops[k][gone].name == name
         assert cell.alpha[k][gone] == min(cell.alpha[k][j] for j in before[k])
-        if cell.operations() == 15:
+        if cell.operations() == total - 1:
             cell.tabulate()
-            expected, gradient = cell.values.detach(), torch.autograd.grad(cell.values.sum(), cell.alpha[k])[0]
-            assert gradient[gone] == 0 and (gradient.any() or len(cell.active[k]) == 1)
+            expected, gradient = cell.values, torch.autograd.grad(cell.values.sum(), cell.alpha[k])[0]
+            assert gradient[gone] == 0 and gradient.any()
             cell.alpha[k].data[gone] = cell.scalars[k].data[gone] = math.nan
             cell.tabulate()
             assert torch.equal(cell.values, expected)
@@ -225,7 +204,7 @@ def test_drops(ops, shape):
 
 @pytest.mark.parametrize('normalise', ['scale', 'centre'])
 def test_normalised_tables_have_the_moments_of_each_standard(normalise):
-    """Under a site's own inputs its output has the second moment (centre: the variance, and mean 0) of its own
+    """Under a site's own inputs its output has the second moment (centre: variance, and mean 0) of its own
     standard activation, which may work in place; by numpy."""
     torch.manual_seed(0)
     cell = Cell(normalise=normalise, standard='gelu')
@@ -263,8 +242,8 @@ def test_inputs_are_observed_in_weight_steps_only():
 
 
 def test_histograms_match_the_inputs():
-    """`seen` and `density` against numpy's histogram, with one channel in ten unlike the others; then numbers
-    that are not finite, an empty tensor, half precision, one made by expand."""
+    """`seen` against numpy's histogram, with one channel in ten unlike the others; then numbers that are not
+    finite, an empty tensor, half precision, one made by expand."""
     cell, (site,) = random_cell()
     cell.use_standard()
     other = torch.arange(512) % 10 == 3
@@ -273,33 +252,30 @@ def test_histograms_match_the_inputs():
         site(x)
     expected = np.histogram(batches.numpy(), BINS, (-LIMIT, LIMIT))[0] / batches.numel()
     assert np.abs((cell.seen[0].numpy() - expected).cumsum()).max() < 0.01
-    density = cell.density(torch.linspace(-4, 4, 81)).numpy()
-    expected = np.histogram(batches.numpy(), 81, (-4.05, 4.05))[0]
-    assert density.sum() == pytest.approx(1) and (density >= 0).all()
-    assert np.abs((density - expected / expected.sum()).cumsum()).max() < 0.02
-    strange = [torch.tensor([math.nan, math.inf, -math.inf]), torch.zeros(0, 3), torch.zeros((), dtype=torch.half)]
+    strange = [torch.tensor([math.nan, math.inf]), torch.zeros(0, 3), torch.zeros((), dtype=torch.half)]
     for x in strange + 300 * [torch.ones(1, 1).expand(64, 10)]:
-        assert site(x).shape == x.shape and cell.seen.sum().item() == pytest.approx(1, abs=1e-4)
+        assert site(x).shape == x.shape and cell.seen.sum().item() == pytest.approx(1, abs=2e-3)
     assert cell.seen[0].argmax() == int((1 + LIMIT) * BINS / (2 * LIMIT)) and cell.seen[0].max() > 0.99
 
 
 def test_gradient_of_the_function_itself():
     """tabulate(standard=True): the gradient of a loss to `values`, by finite differences, site by site."""
     cell = Cell(standard='gelu', points=65).double()
-    f, g = cell.site(), cell.site(torch.tanh)
+    f, g = cell.site(), cell.site(torch.tanh_)  # which works in place
     x = (torch.randn(100, dtype=torch.float64) * 8 / 3).floor() * 3 / 8 + 3 / 16  # the middles of intervals
     cell.tabulate(standard=True)
     loss, grid = g(f(x)).square().sum(), uniform_grid(65).double()
     gradient, = torch.autograd.grad(loss, cell.values)
-    assert gradient.shape == cell.gradient.shape == (2, 65) and cell.values.is_leaf
+    assert gradient.shape == (2, 65) and cell.values.is_leaf
     assert torch.allclose(f(grid), F.gelu(grid)) and torch.allclose(g(grid), grid.tanh())
+    assert torch.equal(cell.grid, grid)
     moved = cell.values[0].detach() + 1e-6 * (torch.arange(65) == 34)
     change = g(Lookup.apply(moved, lines(moved), LIMIT, x)).square().sum() - loss
     assert gradient[0, 34] == pytest.approx(change.item() / 1e-6, rel=1e-3)
 
 
 def test_sites_hold_no_architecture_and_the_state_comes_back():
-    """A network's parameters are its weights. Alphas, drops and histograms survive torch.save, without pickled
+    """A network's parameters are its weights. Alphas, drops and histograms survive torch.save without pickled
     classes; a snapshot does not change with the cell."""
     cell, sites = random_cell(sites=2, sampler='dirichlet')
     assert not list(sites.parameters()) and not sites.state_dict()
@@ -316,9 +292,20 @@ def test_sites_hold_no_architecture_and_the_state_comes_back():
     assert other.operations() == cell.operations() + 1
 
 
+def test_two_bytes_are_kept_and_the_result_may_be_modified():
+    """Code behind the activation may work in place; the input is not kept."""
+    cell, (site,) = random_cell()
+    cell.tabulate()
+    x = torch.randn(1000, requires_grad=True)
+    y = site(x)
+    assert y.grad_fn.saved_tensors[0].nbytes == 2000 and site(x.bfloat16()).dtype == torch.bfloat16
+    y += x
+    y.sum().backward()
+
+
 def test_blame():
-    """The first site that is not finite is named, then the operation that is largest there, by hand; a scalar and
-    a gradient that became NaN are named. Buffers, histograms, random state and hooks stay."""
+    """The first site that is not finite is named, then the operation that is largest there, by hand; a scalar
+    and a gradient that became NaN are named. Buffers, histograms, random state and hooks stay."""
     cell, sites = random_cell(ops='identity,exp,scale,add', clip=None, sites=2)
     cell.reset(0.0)
     first, last, norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
@@ -339,5 +326,4 @@ def test_blame():
     found = blame(model, cell, x)
     assert [found[key] for key in ('site', 'op', 'size', 'gradient')] == [0, 'U2:scale', math.inf, '2.bias']
     cell.use_standard()
-    found = blame(model, cell, x)
-    assert (found['site'], found['op']) == (1, 'standard activation')
+    assert blame(model, cell, x)['op'] == 'standard activation' and blame(model, cell, x)['site'] == 1

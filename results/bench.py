@@ -1,0 +1,203 @@
+"""What a search costs, in steps of plain training.
+
+    python results/bench.py                    5 minutes on two quiet cores; a table, then a line of JSON
+    python results/bench.py --only resnet20    one network
+
+The loop of search.py itself is timed, in the preset quick, on random images of 32 x 32 or random text. After
+each of its steps all others have their turn, so that other work on the machine meets all alike; times are
+medians. A plain step is one of evaluate.py, with the standard activation: same batches, clipping, optimiser.
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+from cell import LIMIT, Cell, Lookup, Site, lines, uniform_grid
+from evaluate import configure, cross_entropy, weight_optimizer
+from models import STANDARD, network
+from search import PRESETS, Config, Run, search
+from space import Space
+
+# the batch, and that of the cell op by op, which at the full one would need minutes and tens of GB
+SIZES = {'resnet20': (64, 4), 'vit_tiny': (32, 4), 'minigpt': (16, 2)}
+DESCENT = dict(warmstart=0.0, shrink='none', discretise='shrink', candidates=0, judge=1, device='cpu')
+
+
+class OpByOp(Cell):
+    """The cell as DARTS and the paper compute it: every operation on every activation. Not normalised."""
+    def tabulate(self, weights: Optional[list[Tensor]] = None, standard: bool = False) -> None:
+        weights = self.sample()
+        self.functions = [lambda x: self.evaluate(x.flatten(), weights)[0].view(x.shape)] * self.sites
+        self.values, self.learns = None, torch.is_grad_enabled()
+
+
+class Setting:
+    """A network, its batches and plain steps. cell: Cell or OpByOp; None for the standard activation."""
+    def __init__(self, model: str, batch: int, cell: Optional[type[Cell]], rounds: int):
+        draw = torch.Generator().manual_seed(0)
+        if model == 'minigpt':
+            text = torch.randint(256, (400_000,), generator=draw, dtype=torch.uint8)
+            dataset = data.Dataset('random', 'text', text, text, 256)
+        else:
+            part = (torch.randint(256, (2048, 3, 32, 32), generator=draw, dtype=torch.uint8),
+                    torch.randint(10, (2048,), generator=draw))
+            dataset = data.Dataset('random', 'image', part, part, 10, channels=3, side=32, mirror=True)
+        given = dict(model=model, batch_size=batch, steps=rounds + 2)
+        self.config = c = configure(Config, PRESETS, given | DESCENT)
+        standard = {'relu': nn.ReLU, 'gelu': nn.GELU}[STANDARD[model]]
+        self.cell = cell and cell(c.ops, c.clip, c.sampler, STANDARD[model], c.normalise)
+        self.model = network(c, self.cell.site if cell else standard, dataset)
+        self.train, self.val = (data.Batches(dataset, part, batch, 0, augment, c.context)
+                                for part, augment in zip(data.split(dataset, 0), (True, False)))
+        self.optimizer = weight_optimizer(list(self.model.parameters()), c)
+
+    def plain_step(self) -> None:
+        x, y = next(self.train)
+        cross_entropy(self.model(x), y).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def tables(self) -> None:
+        """What tables cost apart from lookups: made for both halves of a step, and the gradient to alphas."""
+        with torch.no_grad():
+            self.cell.tabulate()
+        self.cell.tabulate()
+        torch.autograd.grad(self.cell.values.sum(), list(self.cell.parameters()), allow_unused=True)
+
+
+class Stopwatch(Run):
+    """Times the halves of each step of the search, and after it each of the others. milliseconds: by name."""
+    def __init__(self, config: Config, others: dict[str, Callable[[], None]]):
+        super().__init__(config)
+        self.others, self.milliseconds, self.begin = others, defaultdict(list), 0.0
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.milliseconds[name].append(1000 * (now - self.begin))
+        self.begin = now
+
+    def watched(self, batches: Iterator) -> Iterator:
+        """The training batches. The weight step begins where its batch is asked for."""
+        while True:
+            self.lap('architecture')
+            yield next(batches)
+
+    def after(self, *arguments: Any) -> None:
+        super().after(*arguments)
+        self.lap('weight')
+        for name, step in self.others.items():
+            step()
+            self.lap(name)
+
+
+def timed(setting: Setting, **others: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds by name: medians over the steps of a search, without the first two."""
+    watch = Stopwatch(setting.config, others)
+    batches = watch.watched(setting.train), setting.val
+    search(setting.model, setting.cell, *batches, cross_entropy, setting.config, watch)
+    return {name: statistics.median(times[2:]) for name, times in watch.milliseconds.items()}
+
+
+def both_ways(function: Callable[[Tensor], Tensor], *inputs: Tensor) -> None:
+    """Forward, and backward to all inputs."""
+    torch.autograd.grad(function(inputs[0]), inputs, torch.ones_like(inputs[0]))
+
+
+def compare(model: str, rounds: int, memory_over_plain: float) -> dict[str, float]:
+    """The figures of one network."""
+    batch, few = SIZES[model]
+    plain, setting = Setting(model, batch, None, rounds), Setting(model, batch, Cell, rounds)
+    seen, site = [], next(module for module in setting.model.modules() if isinstance(module, Site))
+    hook = site.register_forward_hook(lambda site, inputs, output: seen.append(inputs[0].detach()))
+    setting.model(next(setting.val)[0])
+    hook.remove()
+    x, values = seen[0].requires_grad_(), F.gelu(uniform_grid()).requires_grad_()
+    fixed, learning = ((v, lines(v), LIMIT) for v in (values.detach(), values))  # weight, architecture step
+    ms = timed(setting, plain=plain.plain_step, tables=setting.tables, gelu=lambda: both_ways(F.gelu, x),
+               fixed=lambda: both_ways(lambda x: Lookup.apply(*fixed, x), x),
+               learning=lambda: both_ways(lambda x: Lookup.apply(*learning, x), x, values))
+    slow = timed(Setting(model, few, OpByOp, max(4, rounds // 2)), plain=plain.plain_step)
+    bilevel, slow_bilevel = ((t['weight'] + t['architecture']) / t['plain'] for t in (ms, slow))
+    return dict(plain_ms=ms['plain'], weight_ms=ms['weight'], architecture_ms=ms['architecture'],
+                bilevel_over_plain=bilevel, memory_over_plain=memory_over_plain,
+                opbyop_over_table=slow_bilevel / bilevel * batch / few,
+                draw_share=ms['tables'] / ms['plain'] / bilevel,
+                lookup_over_gelu=(ms['fixed'] + ms['learning']) / 2 / ms['gelu'])
+
+
+def peak() -> float:
+    """MB: the largest resident size of this process so far."""
+    unit = 1024 ** 2 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def alone(*arguments: str) -> dict[str, float]:
+    """What this script prints, in a process of its own with one thread."""
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    if arguments[0] == '--memory':  # glibc gives large blocks back at once: the peak is what was needed
+        environment['MALLOC_MMAP_THRESHOLD_'] = '65536'
+    command = [sys.executable, __file__, *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+
+
+def memory(model: str, kind: str) -> dict[str, float]:
+    """MB that three steps need at their peak, beyond what a few steps at batch 2 needed."""
+    before = 0.0
+    for batch in (2, SIZES[model][0]):
+        before = peak()
+        setting = Setting(model, batch, None if kind == 'plain' else Cell, 3)
+        if setting.cell:
+            timed(setting)
+        else:
+            for _ in range(3):
+                setting.plain_step()
+    return {'mb': peak() - before}
+
+
+def whole_space() -> dict[str, float]:
+    """Seconds and MB of a process that looks through the paper's space for those nearest to a curve."""
+    start, cpu = time.perf_counter(), time.process_time()
+    Space().nearest(lambda x: F.gelu(x) + 0.1 * torch.sin(x))
+    return {'seconds': time.perf_counter() - start, 'cpu_seconds': time.process_time() - cpu, 'mb': peak()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--only', choices=SIZES, help='this network alone')
+    parser.add_argument('--rounds', type=int, default=11, help='steps that are timed (11)')
+    parser.add_argument('--memory', nargs=2, help=argparse.SUPPRESS)  # this and the next: what `alone` starts
+    parser.add_argument('--space', action='store_true', help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.memory or given.space:
+        return print(json.dumps(whole_space() if given.space else memory(*given.memory)))
+    models = [given.only] if given.only else list(SIZES)
+    space = alone('--space')  # subtle: processes start with the peak of their parent, which is small here
+    mb = {m: [alone('--memory', m, kind)['mb'] for kind in ('table', 'plain')] for m in models}
+    results = {m: compare(m, given.rounds, mb[m][0] / mb[m][1]) for m in models} | {'space': space}
+    results = {name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()}
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads\n')
+    head = ['network', 'batch', *results[models[0]]]
+    for cells in [head, ['---'] * len(head), *([m, SIZES[m][0], *results[m].values()] for m in models)]:
+        print(f"| {' | '.join(map(str, cells))} |")
+    print('\nSpace: {seconds} s, of CPU {cpu_seconds} s, and {mb} MB\n'.format(**results['space']))
+    print(json.dumps(results))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,416 @@
+"""search.py: two levels that never touch, a shrinking that ends, kills that cost nothing, one-line errors."""
+import ast
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import data
+import evaluate
+import search
+from activation import Activation
+from cell import Cell
+from evaluate import cross_entropy
+from models import replaced
+from search import Config, operations_left
+
+ROOT, OPS = Path(search.__file__).resolve().parent, 'identity,tanh,scale,relu,add,mul,mix'
+SMALL = f'--model toy --device cpu --ops {OPS} --batch-size 16 --candidates 2'.split()
+NETS = '''
+import random, torch.nn as nn
+def images():
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2),
+                         nn.Linear(8, 8), nn.GELU(), nn.Dropout(random.random() / 2), nn.Linear(8, 10))
+def text():
+    return nn.Sequential(nn.Embedding(256, 8), nn.ReLU(), nn.Linear(8, 256))
+'''
+
+
+def run(folder, *options: str) -> dict:
+    """A search by its command line; its activation.json, which must be strict JSON."""
+    search.main([*SMALL, '--out', str(folder), *options])
+    return json.loads(Path(folder, 'activation.json').read_text(), parse_constant=pytest.fail)
+
+
+def log(folder) -> list[dict]:
+    lines = Path(folder, 'log.jsonl').read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def outcome(folder) -> tuple[dict, list[dict]]:
+    """activation.json and the log, but for what may differ: seconds and the place of the folder."""
+    result, rows = json.loads(Path(folder, 'activation.json').read_text()), log(folder)
+    del result['seconds'], result['config']['out'], rows[0]['config']['out']
+    return result, rows
+
+
+def refused(arguments: list, capsys, code: int = 2, main=search.main) -> str:
+    """The one line on standard error with which the program ends."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith('note: ')]
+    assert ended.value.code == code and len(lines) == 1 and re.match('error: |stopped; ', lines[0]), lines
+    return lines[0]
+
+
+def cifar_folder(folder: Path, seed: int = 0) -> None:
+    """CIFAR-10 in its published layout, 16 images a file."""
+    folder.mkdir(parents=True)
+    for name in (*(f'data_batch_{k}.bin' for k in range(1, 6)), 'test_batch.bin'):
+        draw = random.Random(f'{seed} {name}')
+        records = (bytes([draw.randrange(10)]) + draw.randbytes(3072) for _ in range(16))
+        (folder / name).write_bytes(b''.join(records))
+
+
+def images(seed: int, bad: tuple = (), shape: tuple = (4, 3, 8, 8)):
+    """Endless batches; those of the numbers in `bad` are infinite."""
+    draw = torch.Generator().manual_seed(seed)
+    for k in itertools.count():
+        x, y = torch.randn(shape, generator=draw), torch.randint(10, shape[:1], generator=draw)
+        yield x * math.inf if k in bad else x, y
+
+
+def bits(tensors) -> list:
+    """The tensors and their gradients, to compare them bit for bit."""
+    return [t if t is None else t.detach().numpy().tobytes() for p in tensors for t in (p, p.grad)]
+
+
+# ---- the loop ----
+
+@pytest.mark.parametrize('settings, cell', [
+    (dict(accumulate=2, warm_alphas=True, discretise='shrink'), dict(sampler='dirichlet', normalise='scale')),
+    (dict(optimizer='sgd', weight_decay=0.1), dict(sampler='softmax', normalise='centre'))])
+def test_neither_level_touches_the_other(settings, cell):
+    """Watched in the real loop, from batch to batch. A validation batch changes no parameter, gradient,
+    buffer or input histogram of the network; a training batch no alpha, scalar, their gradients, or dL/df."""
+    torch.manual_seed(0)
+    cell = Cell(OPS, points=257, **cell)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), cell.site(), nn.Dropout(0.2), nn.Conv2d(4, 4, 3),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True), cell.site(), nn.Flatten(),
+        nn.Linear(64, 8), nn.BatchNorm1d(8, momentum=None), cell.site(), nn.Linear(8, 10))
+    levels = {'train': lambda: bits([*model.parameters(), *model.buffers(), cell.seen]),
+              'val': lambda: bits([*cell.parameters(), cell.gradient])}
+    last, kept, moved = None, {}, Counter()
+
+    def watched(kind, endless):
+        nonlocal last, kept
+        for batch in endless:
+            now = {level: state() for level, state in levels.items()}
+            changed = {level for level in now if last and now[level] != kept[level]}
+            assert changed <= {last}, f'a {last} batch changed what {changed} batches may change'
+            moved.update(changed)
+            last, kept = kind, now
+            yield batch
+
+    config = Config(steps=24, warmstart=0.2, lr=0.01, candidates=0, ops=OPS, **settings)
+    batches = watched('train', images(1)), watched('val', images(2))
+    search.search(model, cell, *batches, cross_entropy, config)
+    assert moved['train'] > 20 and moved['val'] > 20  # it did watch, and both levels moved
+
+
+def test_a_bad_batch_leaves_no_trace():
+    """Such a half-step is skipped: weights and running statistics, or alphas and dL/df, stay. Constants are
+    no running statistics: a mask of -inf, a buffer made by expand(). The library call, with any network."""
+    class Masked(nn.Sequential):
+        def forward(self, x):
+            return super().forward(self.wide * x + self.mask.clamp(min=-5))
+
+    class Watch(search.Run):
+        def after(self, step, *rest):
+            states.append((bits([*model.parameters(), model[0].running_mean]), bits(cell.parameters())))
+            troubles.update({step: (rest[-1]['skipped'], rest[-1]['site'])} if rest[-1] else {})
+            super().after(step, *rest)
+
+    model, cell, states, troubles = Masked(nn.BatchNorm1d(4), nn.SiLU(), nn.Linear(4, 10)), Cell(OPS), [], {}
+    model.register_buffer('mask', torch.tensor([0.0, 0.0, 0.0, -math.inf]))
+    model.register_buffer('wide', torch.ones(1).expand(4))
+    network, config = replaced(model, cell.site, torch.ones(2, 4)), Config(steps=8, warmstart=0.2, ops=OPS)
+    # of the validation batches the first is for a look before the first step
+    batches = images(1, bad=(4,), shape=(8, 4)), images(2, bad=(2, 7), shape=(8, 4))
+    found, scores = search.search(network, cell, *batches, cross_entropy, config, Watch(config))
+    assert troubles == {2: ('architecture', 0), 5: ('weights', 0), 7: ('architecture', 0)}
+    for level, stayed in enumerate(([5], [2, 7])):  # the warm start is steps 1 and 2
+        assert [k for k in range(2, 9) if states[k - 2][level] == states[k - 1][level]] == stayed
+    assert cell.gradient.isfinite().all() and scores.keys() == {'loss', 'accuracy', 'standard_loss'}
+
+
+def test_numbers_that_stay_infinite(tmp_path, capsys):
+    """20 skipped steps end the search with the site, the operation, and what to try."""
+    line = refused([*SMALL, '--steps', '60', '--lr', '9e11', '--out', tmp_path / 'a'], capsys)
+    assert re.search(r'20 steps .* site 0, operation \S+.* smaller --lr', line)
+
+
+# 104 drops in the 62 steps from 30 to 92; log, the paper's: the k-th at step 30 + 62^(k / 104)
+PACE = {'linear': {30: 110, 61: 58, 91: 8, 92: 6}, 'none': {0: 110, 100: 110},
+        'log': {30: 110, 31: 110, 32: 93, 37: 61, 38: 58, 91: 7, 92: 6}}  # 104 ln(7) / ln(62) = 49.03
+
+
+@pytest.mark.parametrize('shrink', ['linear', 'log'])
+@pytest.mark.parametrize('steps', [2, 3, 7, 20, 104, 500])
+def test_shrinking_ends_for_any_number_of_steps(steps, shrink):
+    """No drop before its time, never up, one operation a choice point at the last step; so it is in the loop,
+    and this discrete cell, with its learned scalars, is what is scored."""
+    ops, kept = 'scale,bias,tanh,add,mix', list(itertools.islice(images(2), 50))
+    config = Config(steps=steps, shrink=shrink, candidates=0, discretise='shrink', ops=ops, judge=3, lr=0.01)
+    left = [operations_left(step, config, 110, 6) for step in range(steps + 1)]
+    assert left == sorted(left, reverse=True) and left[0] == 110 and left[-1] == 6
+    assert all(n == 110 for n in left[:round(0.3 * steps) + (steps > 3)])
+    for pace, values in PACE.items():
+        config_100 = Config(steps=100, shrink=pace)
+        assert {step: operations_left(step, config_100, 110, 6) for step in values} == values
+    if steps <= 20:
+        cell = Cell(ops, points=1025, sampler='mean')
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), cell.site())
+        found, scores = search.search(model, cell, images(1), iter(kept), cross_entropy, config)
+        assert [len(active) for active in cell.active] == [1] * 6
+        assert any(s not in (0.0, 1.0) for s in found.scalars)
+        model[2] = found  # scored on one of the runs of three batches that are left
+        parts = (evaluate.score(model, kept[k:k + 3], cross_entropy) for k in range(1, 40))
+        assert pytest.approx(scores) in list(parts)
+
+
+@pytest.mark.parametrize('steps', ['2', '20'])
+@pytest.mark.parametrize('discretise', ['shrink', 'project', 'gradient'])
+def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatch):
+    """All train on the same batches from the same weights; the best is the result, never the standard."""
+    starts, real = [], search.train
+
+    def train(model, batches, *rest):
+        batches = list(batches)
+        starts.append(bits([*model.parameters(), batches[0][0], batches[-1][0]]))
+        return real(model, iter(batches), *rest)
+    monkeypatch.setattr(search, 'train', train)
+    result = run(tmp_path, '--discretise', discretise, '--steps', steps)
+    tried = {row['tried']: row['loss'] for row in log(tmp_path) if 'tried' in row}
+    assert starts == starts[:1] * len(tried) and len(tried) > 1
+    assert result['validation']['standard_loss'] == tried.pop('relu(x)')
+    best, x = min(tried, key=tried.get), torch.linspace(-3, 3, 61)
+    assert result['validation']['loss'] == tried[best]
+    assert torch.allclose(Activation(result['expression'])(x), Activation(best)(x), 1e-4, 1e-5)
+
+
+SOME = '--steps 120 --ops identity,neg,abs,relu,tanh,sigmoid,add,mul,max'
+
+
+@pytest.mark.parametrize('teacher, options', [
+    ('abs(x)', SOME), ('mul(sigmoid(x), x)', SOME),
+    *(pytest.param(f, '--ops base --candidates 8', marks=pytest.mark.slow) for f in ('abs(x)', 'silu(x)'))])
+def test_a_planted_function_is_found(teacher, options, tmp_path):
+    """Up to scale and shift, to 2 % of its deviation; among few spellings, or among all 22.7 million."""
+    result = run(tmp_path, '--batch-size', '256', '--teacher', teacher, *options.split())
+    x = torch.linspace(-2, 2, 99)
+    f, target = Activation(result['expression'])(x), Activation(teacher)(x)
+    assert torch.corrcoef(torch.stack([f, target]))[0, 1] ** 2 > 0.999 and result['distance'] < 0.02
+
+
+@pytest.mark.parametrize('options', [
+    '--model resnet20', '--model vit_tiny', '--model minigpt --context 12', '--model toy --method paper',
+    '--model minigpt --preset paper --data tinystories_sample --tokens bytes --context 12',
+    '--model toy --data cifar10_16 --cell deep', *(pytest.param(
+        f'--model {model} --steps 20 --candidates 8 --ops base --batch-size {size}', marks=pytest.mark.slow)
+        for model, size in (('resnet20', 64), ('vit_tiny', 16), ('minigpt', 8), ('toy', 256)))])
+def test_everything_runs_through(options, tmp_path):
+    """Networks, presets, cell shapes: 2 steps, or 20, which end in a minute on two cores, as all lengths are
+    shares of the steps. The paper's procedure is what runs when it is asked for."""
+    started = sum(os.times()[:2])
+    config = run(tmp_path, *'--steps 2 --batch-size 2 --candidates 0'.split(), *options.split())['config']
+    assert sum(os.times()[:2]) - started < 100
+    assert bool(config['teacher']) == ('toy' in options and 'cifar' not in options)
+    assert 'paper' not in options or config.items() >= search.PAPER.items()
+
+
+# ---- the run folder ----
+
+def test_run_folder(tmp_path, capsys, monkeypatch):
+    """What is in it, and what is printed: plain lines into a pipe, one line that changes on a terminal. No
+    file that a run writes is overwritten, wherever it is from."""
+    folder, files = tmp_path / 'run', {'activation.json', 'found.py', 'log.jsonl', 'checkpoint.pt'}
+    result, out = run(folder, '--steps', '20', '--seed', '3'), capsys.readouterr().out
+    keys = 'expression formula scalars model data seed config versions seconds validation'
+    assert result.keys() >= set(keys.split()) and {file.name for file in folder.iterdir()} == files
+    assert (result['model'], result['seed'], result['config']['steps']) == ('toy', 3, 20)
+    f, source, names = Activation(result['expression'], 10.0), (folder / 'found.py').read_text(), {}
+    exec(source, names)
+    x = torch.linspace(-6, 6, 241)
+    assert torch.equal(names['Found']()(x), f(x))
+    assert (result['formula'], result['scalars']) == (f.formula, [s.item() for s in f.scalars])
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert all(alias.name.split('.')[0] == 'torch' for node in imports for alias in node.names)
+    assert [row['step'] for row in log(folder) if 'weights' in row] == list(range(1, 21))
+    assert '\r' not in out and f'f(x) = {f.formula}' in out and re.search('^step 20/20 100% ', out, re.M)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    monkeypatch.setattr(os, 'get_terminal_size', lambda *_: os.terminal_size((40, 24)))
+    run(tmp_path / 'terminal', '--steps', '20')
+    lines = re.findall(r'\r\x1b\[K([^\r\n]*)', capsys.readouterr().out)
+    assert len(lines) > 20 and max(map(len, lines)) == 39
+    for name in files | {'search.png'}:
+        other = tmp_path / f'other {name}'
+        other.mkdir()
+        (other / name).write_text('mine')
+        assert name in refused([*SMALL, '--out', other], capsys)
+        assert [(file.name, file.read_text()) for file in other.iterdir()] == [(name, 'mine')]
+
+
+KILLED = '''
+import itertools, json, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch, search
+torch.set_num_threads(1)
+
+def killed(arguments, folder, moment):
+    """A search that dies before it opens or renames a file of its folder for the n-th time, or that file."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1] == signal.SIGKILL
+    clock, count = itertools.count(0, 15), itertools.count(1)
+    time.monotonic = lambda: next(clock)    # hours go by: a checkpoint every few steps
+    def audit(event, details):
+        path = str(details[0]) if event in ('open', 'os.rename') else ''
+        if path.startswith(folder + '/') and (next(count) == moment or str(moment) in path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(audit)
+    search.main(arguments)
+    os._exit(0)
+
+for name, options, kills in json.loads(sys.argv[2]):
+    search.main([*options, '--out', name])
+    for folder, moments in kills.items():
+        assert killed([*options, '--out', folder], folder, moments[0]), folder
+        assert all(killed(['--resume', folder], folder, moment) for moment in moments[1:]), folder
+'''
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='there is no kill -9 on Windows')
+def test_killed_at_any_moment(tmp_path, monkeypatch):
+    """kill -9 between two writes, for real: in warm start, descent, trials, a checkpoint, twice in a row,
+    between the results. Result and log are those of a search never killed, bit for bit: batch statistics,
+    dropout, momentum, histograms, Dirichlet samples, and Python's own random numbers in the network."""
+    monkeypatch.chdir(tmp_path)
+    Path('nets.py').write_text(NETS)
+    options = [*SMALL, '--steps', '8', '--sampler', 'dirichlet', '--candidates', '3']
+    jobs = [('own', [*options, '--model', 'nets.py:images', '--warmstart', '0.3'],
+             {'a': [7], 'b': [13, 8], 'c': [27, 6], 'd': ['activation.json']}),
+            ('toy', options, {'e': [11], 'f': [28]})]  # here trials go on from the weights of the descent
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    done = subprocess.run([sys.executable, '-c', KILLED, ROOT, json.dumps(jobs)], env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for whole, folder in ((whole, folder) for whole, _, kills in jobs for folder in kills):
+        with open(f'{folder}/log.jsonl', 'a') as file:
+            file.write('{"step": 7, "train')  # a write that the kill cut
+        search.main(['--resume', folder])
+        assert outcome(folder) == outcome(whole), folder
+
+
+def interrupted(arguments: list, batch: int, monkeypatch, capsys) -> None:
+    """A search in which Ctrl-C is pressed at that batch: exit code 130, and a line that says how to go on."""
+    count, real = itertools.count(1), data.Batches.__next__
+    with monkeypatch.context() as patch:
+        def get(self):
+            if next(count) == batch:
+                raise KeyboardInterrupt
+            return real(self)
+        patch.setattr(data.Batches, '__next__', get)
+        assert re.match('stopped; .*--resume .*run', refused(arguments, capsys, code=130))
+
+
+def next_command(capsys) -> list[str]:
+    """The arguments of the command after `next:`, as a shell would read it."""
+    command = shlex.split(re.search('^next: +(.*)$', capsys.readouterr().out, re.M)[1])
+    assert command[:2] == ['python', str(ROOT / 'evaluate.py')]
+    return command[2:]
+
+
+def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
+    """Own network, own data, relative paths; gone on with in another folder, then with data that moved,
+    then in a third folder. The command printed last evaluates what was found on what it was searched on."""
+    home, elsewhere = tmp_path / 'my ü', tmp_path / 'elsewhere'
+    cifar_folder(home / 'data')
+    elsewhere.mkdir()
+    (home / 'nets.py').write_text(NETS)
+    monkeypatch.setattr(sys, 'argv', [str(ROOT / 'search.py')])
+    monkeypatch.chdir(home)
+    options = '--model nets.py:images --only gelu --data cifar10 --data-dir data --side 16 --steps 4'
+    interrupted([*SMALL, *options.split(), '--out', 'run'], 5, monkeypatch, capsys)
+    monkeypatch.chdir(elsewhere)
+    interrupted(['--resume', '../my ü/run'], 5, monkeypatch, capsys)
+    (home / 'data').rename(elsewhere / 'moved')
+    for wrong, words in ((), f'{home}/data: there is no such'), (('--steps', 7), 'steps is 4'), \
+            (('--device', 'cuda:99'), 'use --device cpu'):
+        assert words in refused(['--resume', home / 'run', *wrong], capsys)
+    fcntl = pytest.importorskip('fcntl', reason='there are no such locks on Windows')
+    with open(home / 'run/log.jsonl', 'a') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert 'another process' in refused(['--resume', home / 'run', '--data-dir', 'moved'], capsys)
+    interrupted(['--resume', home / 'run', '--steps', 4, '--data-dir', 'moved'], 20, monkeypatch, capsys)
+    monkeypatch.chdir(tmp_path)
+    search.main(['--resume', 'my ü/run'])
+    evaluate.main([*next_command(capsys), *'--steps 2 --seeds 1 --baselines none --batch-size 64'.split()])
+    own, found = evaluate.read_ledger(Path('results.jsonl'))
+    assert own['name'] == 'own' and found['searched'] == 'nets.py:images/cifar10'
+    assert own['settings'] == found['settings'] == own['settings'] | {'side': 16, 'only': 'gelu'}
+    assert 'activation.json already' in refused(['--resume', home / 'run'], capsys)
+    (tmp_path / 'nets.py').write_text(NETS)
+    run('text', *'--model nets.py:text --data tinystories_sample --context 12 --steps 2'.split())
+    assert '--data tinystories_sample --context 12' in ' '.join(next_command(capsys))
+
+
+# ---- the command line ----
+
+WRONG = [line.strip().split(' => ') for line in '''
+    search --model resnet21 => did you mean resnet
+    search --model nets.py:f => no such file
+    search --model minigpt --data cifar10_16 => reads text
+    search --data-dir nowhere => ignored
+    search --model toy --data-dir nowhere => --data-dir
+    search --data cifar10 --data-dir nowhere => nowhere
+    search --ops base,-sinhh => did you mean sinh
+    search --ops tanh => no binary operation
+    search --steps 1 => from 2 up
+    search --lr nan => --lr
+    search --device cpu:x => cpu:x
+    search --batch-size 9999 => 1 to 3750
+    search --model toy --teacher silo => did you mean silu
+    search --model resnet20 --teacher silu => --teacher
+    search --model toy --data cifar10_16 --teacher silu => --teacher
+    search --resume nowhere => nowhere
+    search --stpes 3 => --stpes
+    evaluate --baselines relu,gulu => did you mean gelu
+    evaluate --seeds 5:3 => --seeds
+    evaluate --report nowhere => nowhere
+    evaluate --nearest relu --ops tahn => did you mean tanh
+    evaluate --model toy --device cuda:99 => use --device cpu
+    evaluate --model toy --out . => .'''.strip().splitlines()]
+
+
+@pytest.mark.parametrize('line, word', WRONG)
+def test_wrong_command_lines(line, word, tmp_path, monkeypatch, capsys):
+    """One line that says what was wrong and what would be right, exit code 2, nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = line.split() + ['--steps', '2'] * ('--steps' not in line)
+    assert word in refused(arguments, capsys, main={'search': search, 'evaluate': evaluate}[program].main)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('program, kind, most', [(search, Config, 34), (evaluate, evaluate.Training, 24)])
+def test_help(program, kind, most, capsys):
+    """Few options, each with what it is for and its default, also where that depends on the network."""
+    with pytest.raises(SystemExit) as ended:
+        program.main(['--help'])
+    text = re.sub(r'\s+', ' ', capsys.readouterr().out.split('options:')[1])
+    said = dict(re.findall(r' --([a-z-]+) [A-Z]\S*(?: \[\S+ \.\.\.\])? (.*?)(?= --[a-z-]+ [A-Z]|$)', text))
+    assert ended.value.code == 0 and len(said) <= most and all(len(words) > 10 for words in said.values())
+    default = evaluate.configure(kind, program.PRESETS, {'model': 'vit_tiny'})
+    for name in 'steps', 'lr', 'batch_size', 'data':
+        assert f'vit_tiny {getattr(default, name)}' in said[name.replace('_', '-')]
