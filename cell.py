@@ -212,7 +212,7 @@ class Cell(nn.Module):
     @torch.no_grad()
     def collect(self, slopes: Tensor, early: bool) -> None:
         """Add dL/df at the standard activations, (sites, points), to `gradient`, the inputs to `inputs` and
-        perhaps `early`; of each site without what 1 and x would change: the layers around make up for that."""
+        perhaps `early`. Without what 1 and x would change at a site: the layers around make up for it."""
         shares = self.seen[:, torch.arange(len(self.grid)) * BINS // len(self.grid)] * (BINS / len(self.grid))
         lines = torch.stack([torch.ones_like(self.grid), self.grid])               # (2, points)
         moments = torch.linalg.pinv((lines * shares[:, None]) @ lines.T)           # (sites, 2, 2)

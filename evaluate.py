@@ -249,8 +249,8 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
-    """Around a whole program. A user's mistake (ValueError, OSError) is one line and exit code 2, Ctrl-C 130; a
-    mistake of ours keeps its traceback. hint: how to go on."""
+    """Around a whole program. A user's mistake (ValueError, OSError) is one line and exit code 2, Ctrl-C 130.
+    A mistake of ours keeps its traceback. hint: how to go on."""
     code = 2
     try:
         yield
@@ -264,6 +264,10 @@ def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
         line = f"error: {error.filename or 'output'}: {error.strerror or error}; {hint()}"
     except ValueError as error:
         line = f'error: {error}'
+    except ModuleNotFoundError as error:
+        if error.name not in ('matplotlib', 'scipy', 'tiktoken', 'torchvision'):
+            raise
+        line = f'error: this needs {error.name}: pip install {error.name}'
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|can't allocate memory|^$", str(error)):
             raise
@@ -338,15 +342,15 @@ def settings_of(config: Training, dataset: data.Dataset) -> dict[str, Any]:
 def run_key(candidate: Candidate, settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """What makes two runs the same run. The name does not count, nor a clip bound that nowhere acts."""
     f = candidate.activation
-    return {'expression': f.expression if f else 'own', 'clip': f.clip if f and 'clip(' in f.formula else None,
-            'seed': seed, 'settings': settings}
+    clip = f.clip if f and 'clip(' in f.formula else None
+    return {'expression': f.expression if f else 'own', 'clip': clip, 'seed': seed, 'settings': settings}
 
 
 def retrain(candidate: Candidate, config: Training, dataset: data.Dataset, seed: int) -> dict[str, Any]:
-    """Train the network from scratch with this activation and test it once; what a row of the ledger holds of it.
+    """Train the network from scratch with this activation and test it once; a row of the ledger, but its key.
 
-    One module stands at all sites: the result is one function, its scalars too. It draws no random numbers, so
-    that the initial weights are the same for all activations of a seed.
+    One module stands at all sites: the result is one function, its scalars too. It draws no random numbers:
+    the initial weights are the same for all activations of a seed.
     """
     module = copy.deepcopy(candidate.activation)
     seed_everything(seed)

@@ -1,7 +1,7 @@
 """The operations that a cell is made of: 23 unary and 9 binary ones, and optional sets.
 
 Paper: Strack, Safari, Hutter, 'Efficient Search for Customized Activation Functions with Gradient Descent'
-(GRAFS), arXiv 2408.06820, section 3.1. The optional sets follow Ramachandran et al., arXiv 1710.05941 (Swish).
+(GRAFS), arXiv 2408.06820, section 3.1. The optional sets: Ramachandran et al., arXiv 1710.05941 (Swish).
 
 TO ADD AN OPERATION, add one line to UNARY or BINARY (or to an optional set), and nothing else:
 
@@ -23,7 +23,7 @@ class Op:
     """One elementary operation.
 
     name:    as written in an expression, such as 'tanh'
-    code:    Python source in a and b (inputs) and p (learnable scalar); what is run, and what an export pastes
+    code:    Python source in a and b (inputs) and p (learnable scalar): what is run and what an export holds
     formula: the same as mathematics, a Python expression in a, b and p
     scalar:  first value of the learnable scalar (the paper's beta or gamma); None: the operation has none
     clips:   unbounded beyond linear, so that the output is clipped at l
@@ -48,7 +48,7 @@ class Op:
 
 
 # subtle: a clipped output has gradient 0, but 0 * inf is NaN. The inner clamps of exp, sinh and cosh keep the
-# inner gradient finite in float32: exp(80) = 5.5e34. The slope of sqrt is infinite at 0: below 1e-8 it is 0 here.
+# inner gradient finite in float32: exp(80) = 5.5e34. The slope of sqrt is infinite at 0: 0 below 1e-8.
 UNARY = (
     Op('identity', 'a', 'a'),
     Op('neg', '-a', '-a'),
@@ -119,7 +119,7 @@ BINARY_NAMES = {op.name for _, binary in SETS.values() for op in binary}
 
 
 def arity(op: Op) -> int:
-    """How many inputs an expression gives to `op`: 2 for a binary one, 1 for a unary one, 0 for the constant."""
+    """How many inputs an expression gives to `op`: 2 for a binary one, 1 for a unary one, 0 for const."""
     return 2 if op.name in BINARY_NAMES else int(op.name != 'const')
 
 
@@ -139,8 +139,8 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
 def select(text: str = 'base') -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     """The unary and binary operations that `text` names, each once, in the order of ALL.
 
-    text: sets and operations with commas between: 'base', 'base,periodic', 'no-composites', 'base,-sinh' (a minus
-        takes one out), or a list of operations such as 'identity,relu,tanh,add,mul'.
+    text: sets and operations with commas between: 'base', 'base,periodic', 'no-composites', 'base,-sinh' (a
+        minus takes one out), or a list of operations such as 'identity,relu,tanh,add,mul'.
     Raises ValueError for an unknown name, and when no unary or no binary operation is left.
     """
     chosen: set[str] = set()

@@ -17,8 +17,8 @@ STYLES = ('-', '--', '-.', ':')
 
 
 def compare(values: dict[int, float], reference: dict[int, float]) -> tuple[int, float, float]:
-    """Paired differences of a metric by seed, over the seeds that both have: how many, their mean, and half of
-    its 95 % interval (infinite for one seed)."""
+    """Paired differences of a metric by seed, over the seeds of both: how many, their mean, and half of its
+    95 % interval (infinite for one seed)."""
     d = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
     if len(d) < 2:
         return len(d), d[0] if d else math.nan, math.inf

@@ -31,7 +31,7 @@ from torch.func import functional_call
 
 import data
 import plot
-from activation import SHAPES, Activation, distance, named, nonlinearity
+from activation import SHAPES, Activation, distance, named, nonlinearity, write
 from cell import NORMALISERS, SAMPLERS, Cell, blame
 from evaluate import (Parser, Presets, Training, append, check_device, configure, cosine, cross_entropy,
                       learning_rate, number, one_line_errors, option, score, seed_everything, train,
@@ -75,7 +75,8 @@ class Config(Training):
     temperature: float = option(0.1)      # of the softmax at shrink_until, falling from 1
     start: float = option(0.5)            # weight of the standard when the cell takes over (softmax)
     trust: float = option(0.8)            # largest relative distance to the standard of a proposal, and
-    lengths: tuple = option((3, 4, 5))    # the lengths of which the best are proposed
+    lengths: tuple = option((3, 4, 5))    # the lengths of which the best are proposed,
+    around: bool = option(True)           # and whether only those made with the standard activation
     trials_from: str = option('scratch')  # or trained: the weights of the descent
     judge: int = option(10)               # validation batches that judge a trial
 
@@ -91,15 +92,15 @@ PAPER = dict(sampler='dirichlet', normalise='none', shrink='log', shrink_until=0
 # weights, one epoch is warm start, dropping begins in the third.
 PRESETS: Presets = {
     'quick': {
-        'resnet20': dict(steps=150, lr_end=0.1, trust=0.5, lengths=(2,)),
+        'resnet20': dict(steps=150, lr_end=0.1, trust=0.5, lengths=(2,), around=False),
         'vit_tiny': dict(steps=120, lr_end=0.1, arch_lr=0.1, judge=24, warmstart=0.6, shrink_from=0.65,
-                         candidates=4, trial_steps=1.3),
-        'minigpt': dict(steps=240, arch_lr=0.3, warmstart=0.6, shrink_from=0.65, candidates=4,
-                        lengths=(4, 5, 6), trial_steps=1.3),
+                         candidates=5, trial_steps=1.3),
+        'minigpt': dict(steps=240, arch_lr=0.3, warmstart=0.6, shrink_from=0.65, candidates=7,
+                        trial_steps=1.3),
         'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03,
                     lr_end=0.0, weight_decay=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.05, shrink='none',
                     normalise='centre', start=0.0, temperature=1.0, discretise='project', candidates=16,
-                    lengths=tuple(range(2, 10)), trial_steps=0.07, trials_from='trained'),
+                    lengths=tuple(range(2, 10)), around=False, trial_steps=0.07, trials_from='trained'),
     },
     'paper': {
         'resnet20': dict(steps=14650, batch_size=64, accumulate=2, lr_milestones=(), grad_clip=5.0,
@@ -250,6 +251,8 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
             gradient = space.pool(cell.gradient, cell.grid)
             matches = space.steepest(gradient, inputs, early, cell.standard, config.trust, 2000)
         matches.sort(key=lambda match: match.score)
+        if config.around:
+            matches = [match for match in matches if cell.standard.expression in write(match.tree)]
         of_length = [[match.tree for match in matches if match.length == n] for n in config.lengths]
         trees += [tree for row in itertools.zip_longest(*of_length) for tree in row if tree]
     found, bend = [], 0.01 if config.teacher else 0.15  # how far from a straight line
@@ -270,6 +273,9 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
     functions, judge = proposals(cell, config), repeatable(val_batches, config.judge)
     if not config.candidates:
         cell.use(functions[0])
+        if config.discretise != 'project':
+            with torch.no_grad():
+                cell.tabulate()  # as the weights know it, normalised
         return functions[0], score(model, judge(), loss)
     trial = dataclasses.replace(config, steps=max(2, round(config.trial_steps * config.steps)))
     batches = repeatable(train_batches, trial.steps * config.accumulate)
@@ -409,8 +415,9 @@ class Run:
         write_whole(folder / 'found.py', short.float().module(note).encode())
         write_whole(folder / 'activation.json', json.dumps(result, indent=1).encode())
         command = ['python', os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py'), str(folder)]
-        for name in ('model', 'preset', 'data', 'data_dir', 'side', 'only'):
-            if (value := str(getattr(config, name))) not in ('', '0', 'quick', 'teacher'):
+        names = ['model', 'preset', 'data', 'data_dir', 'side', 'only']
+        for name in names + ['tokens', 'context'] * config.data.startswith('tinystories'):
+            if (value := str(getattr(config, name))) not in ('', '0', 'quick', 'teacher', 'bytes'):
                 command += ['--' + name.replace('_', '-'), value]
         scores = ', '.join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in validation.items())
         lines += [f'validation:  {scores}', f'time:        {self.elapsed() / 60:.1f} minutes',
@@ -455,8 +462,10 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
     except Exception as error:  # torch.load raises a dozen kinds on files that are something else
         raise ValueError(f'--resume {folder}: no checkpoint of a run ({type(error).__name__})') from None
     for name in vars(config).keys() & given.keys() - {'out'}:
-        if name in ('data_dir', 'device'):
-            setattr(config, name, check_device(given[name]) if name == 'device' else os.path.abspath(given[name]))
+        if name == 'device':
+            config.device = check_device(given[name])
+        elif name == 'data_dir':
+            config.data_dir = os.path.abspath(given[name])
         elif given[name] != getattr(config, name):
             raise ValueError(f'--resume keeps the settings of the run: {name} is {getattr(config, name)}')
     return config, checkpoint
@@ -491,9 +500,9 @@ def main(arguments: Optional[list[str]] = None) -> None:
         model, cell, train_batches, val_batches, loss = prepare(config)
         folder, weights = Path(config.out), sum(p.numel() for p in model.parameters())
         spellings = math.prod(map(len, cell.ops))
-        print(f'searching {spellings:,} spellings for {config.model} ({weights:,} weights, {cell.sites} sites) '
-              f'on {config.data}: {config.steps} steps, then {config.candidates} functions to try; run folder '
-              f'{config.out}', flush=True)
+        print(f'searching {spellings:,} spellings for {config.model} ({weights:,} weights, {cell.sites} '
+              f'sites), data {config.data}: {config.steps} steps, then {config.candidates} functions are tried; '
+              f'run folder {config.out}', flush=True)
         with contextlib.closing(Run(config, folder, checkpoint)) as run:
             run.finish(*search(model, cell, train_batches, val_batches, loss, config, run))
 

@@ -160,12 +160,12 @@ PACE = {'linear': {30: 110, 61: 58, 91: 8, 92: 6}, 'none': {0: 110, 100: 110},
 @pytest.mark.parametrize('shrink', ['linear', 'log'])
 @pytest.mark.parametrize('steps', [2, 3, 7, 20, 104, 500])
 def test_shrinking_ends_for_any_number_of_steps(steps, shrink):
-    """No drop before its time, never up, one operation a choice point at the last step; so it is in the loop,
+    """No drop before its time, never up, one operation a choice point in the last step; so it is in the loop,
     and this discrete cell, with its learned scalars, is what is scored."""
     ops, kept = 'scale,bias,tanh,add,mix', list(itertools.islice(images(2), 50))
     config = Config(steps=steps, shrink=shrink, candidates=0, discretise='shrink', ops=ops, judge=3, lr=0.01)
     left = [operations_left(step, config, 110, 6) for step in range(steps + 1)]
-    assert left == sorted(left, reverse=True) and left[0] == 110 and left[-1] == 6
+    assert left == sorted(left, reverse=True) and left[0] == 110 and left[-2:] == [6, 6]
     assert all(n == 110 for n in left[:round(0.3 * steps) + (steps > 3)])
     for pace, values in PACE.items():
         config_100 = Config(steps=100, shrink=pace)
@@ -178,7 +178,7 @@ def test_shrinking_ends_for_any_number_of_steps(steps, shrink):
         assert any(s not in (0.0, 1.0) for s in found.scalars)
         model[2] = found  # scored on one of the runs of three batches that are left
         parts = (evaluate.score(model, kept[k:k + 3], cross_entropy) for k in range(1, 40))
-        assert pytest.approx(scores) in list(parts)
+        assert pytest.approx(scores, abs=2e-3) in list(parts)  # by table
 
 
 @pytest.mark.parametrize('steps', ['2', '20'])
@@ -278,6 +278,8 @@ def killed(arguments, folder, moment):
     def audit(event, details):
         path = str(details[0]) if event in ('open', 'os.rename') else ''
         if path.startswith(folder + '/') and (next(count) == moment or str(moment) in path):
+            if details[1] == 'w' and os.path.exists(path):
+                os.truncate(path, 0)    # what is left of a file that was being written
             os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(audit)
     search.main(arguments)
@@ -351,7 +353,7 @@ def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
         assert words in refused(['--resume', home / 'run', *wrong], capsys)
     fcntl = pytest.importorskip('fcntl', reason='there are no such locks on Windows')
     with open(home / 'run/log.jsonl', 'a') as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_SH)
         assert 'another process' in refused(['--resume', home / 'run', '--data-dir', 'moved'], capsys)
     interrupted(['--resume', home / 'run', '--steps', 4, '--data-dir', 'moved'], 20, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
