@@ -63,7 +63,7 @@ class Training:
     data_dir: str = option('', 'folder with the files of the data set; default: they are downloaded')
     side: int = option(0, 'average images to this side, in pixels; 0: as they are', choices=(0, 16, 32))
     preset: str = option('quick', 'quick: minutes, built-in data; paper: its data and settings',
-                         choices=('quick', 'evening', 'paper'))
+                         choices=('quick', 'paper'))
     device: str = option('auto', 'auto, cpu, cuda or mps')
     out: str = option('results.jsonl', 'ledger: one line a finished run; what is there is not repeated')
     steps: int = option(500, 'weight steps; the other lengths are shares of it', number(2))
@@ -380,6 +380,10 @@ def evaluate(candidates: Iterable[Candidate], config: Training, seeds: range) ->
     todo = [(seed, c) for seed in seeds for c in candidates]
     fields = ('expression', 'clip', 'seed', 'settings')
     done = {json.dumps([row[f] for f in fields], sort_keys=True): row for row in read_ledger(ledger)}
+    if ledger.exists() and ledger.stat().st_size and not done:
+        raise ValueError(f'--out {ledger} is a file of another kind; choose another ledger')
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    open(ledger, 'ab').close()  # better to know now than after the first training
     for seed, c in todo:
         key = run_key(c, settings, seed)
         word = json.dumps([key[f] for f in fields], sort_keys=True)

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import sys
 import time
@@ -72,7 +73,7 @@ class Config(Training):
     warm_alphas: bool = option(False)     # whether the alphas learn during the warm start already
     shrink_from: float = option(0.3)      # the first drop
     shrink_until: float = option(0.92)    # the last drop
-    temperature: float = option(0.1)      # of the softmax at shrink_until, falling from 1
+    temperature: float = option(0.1)      # of the softmax at shrink_until; 1 in the warm start
     start: float = option(0.5)            # weight of the standard when the cell takes over (softmax)
     trust: float = option(0.8)            # largest relative distance to the standard of a proposal, and
     lengths: tuple = option((3, 4, 5))    # the lengths of which the best are proposed,
@@ -172,7 +173,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     for step in range(run.state['step'], config.steps):
         warm, val_loss, dropped, trouble = step < warmstart, None, [], None
         collect = warm and config.discretise == 'gradient'
-        cell.temperature = config.temperature ** min(1.0, step / max(config.at(config.shrink_until), 1))
+        cooled = (step - warmstart) / max(config.at(config.shrink_until) - warmstart, 1)
+        cell.temperature = config.temperature ** min(max(cooled, 0.0), 1.0)
         arch_opt.param_groups[0]['lr'] = config.arch_lr * cosine(step / config.steps, config.arch_lr_end)
 
         # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradient
@@ -284,7 +286,7 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
     for f in [cell.standard, *functions]:
         if f.expression not in results:
             model.load_state_dict(start)
-            cell.use(f)
+            cell.use_standard() if f is cell.standard else cell.use(f)
             train(model, batches(), loss, trial)
             results[f.expression] = score(model, judge(), loss)
             model.load_state_dict(start)  # what is saved now must propose the same functions again
@@ -331,7 +333,10 @@ class Run:
         if self.resumed:
             for name, holder in self.holders.items():
                 holder.load_state_dict(self.resumed[name])
+            random.setstate(self.resumed['python'])
             torch.set_rng_state(self.resumed['random'])
+            if self.resumed['cuda']:
+                torch.cuda.set_rng_state_all(self.resumed['cuda'])
         elif self.folder:
             self.save()
         if self.folder and not self.state['log_size']:
@@ -383,6 +388,7 @@ class Run:
         content, size = io.BytesIO(), (self.folder / 'log.jsonl').stat().st_size
         torch.save({**{name: holder.state_dict() for name, holder in self.holders.items()}, **self.state,
                     'seconds': self.elapsed(), 'log_size': size, 'random': torch.get_rng_state(),
+                    'python': random.getstate(), 'cuda': torch.cuda.get_rng_state_all(),
                     'config': dataclasses.asdict(self.config)}, content)
         write_whole(self.folder / 'checkpoint.pt', content.getbuffer())
         self.saved = time.monotonic()
@@ -492,6 +498,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
             if planted and config.data_dir or not planted and given.get('teacher'):
                 raise ValueError('--teacher makes the data of --model toy: leave out --data and --data-dir')
             config.teacher = config.teacher if planted else ''
+            if planted and math.isnan(nonlinearity(named(config.teacher))):
+                raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')
         files = ('activation.json', 'found.py', 'search.png', 'checkpoint.pt', 'log.jsonl')
         paths = [Path(config.out) / name for name in files[:1 if checkpoint else 5]]
         if there := [path for path in paths if path.exists() and path.stat().st_size]:
@@ -501,7 +509,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
         folder, weights = Path(config.out), sum(p.numel() for p in model.parameters())
         spellings = math.prod(map(len, cell.ops))
         print(f'searching {spellings:,} spellings for {config.model} ({weights:,} weights, {cell.sites} '
-              f'sites), data {config.data}: {config.steps} steps, then {config.candidates} functions are tried; '
+              f'sites), data {config.data}: {config.steps} steps, then {config.candidates} functions tried; '
               f'run folder {config.out}', flush=True)
         with contextlib.closing(Run(config, folder, checkpoint)) as run:
             run.finish(*search(model, cell, train_batches, val_batches, loss, config, run))

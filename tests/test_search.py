@@ -120,9 +120,21 @@ def test_neither_level_touches_the_other(settings, cell):
     assert moved['train'] > 20 and moved['val'] > 20  # it did watch, and both levels moved
 
 
+def test_the_levels_see_disjoint_data(monkeypatch):
+    """Three quarters train the weights, the rest the alphas. Each image here has a shade of its own."""
+    shades = torch.arange(80, dtype=torch.uint8).view(80, 1, 1, 1).expand(80, 3, 16, 16)
+    dataset = data.Dataset('shades', 'image', *2 * [(shades, torch.arange(80) % 10)], 10, 3, 16)
+    monkeypatch.setattr(data, 'load', lambda *_: dataset)
+    given = {'model': 'resnet20', 'batch_size': 20, 'device': 'cpu'}
+    _, _, *batches, _ = search.prepare(evaluate.configure(Config, search.PRESETS, given))
+    train, val = ([next(stream)[0][:, 0, 8, 8] for _ in range(n)] for n, stream in zip((3, 1), batches))
+    train, val = ({round(shade, 3) for shade in torch.cat(part).tolist()} for part in (train, val))
+    assert (len(train), len(val)) == (60, 20) and not train & val
+
+
 def test_a_bad_batch_leaves_no_trace():
     """Such a half-step is skipped: weights and running statistics, or alphas and dL/df, stay. Constants are
-    no running statistics: a mask of -inf, a buffer made by expand(). The library call, with any network."""
+    no running statistics: a mask of -inf, a buffer made by expand()."""
     class Masked(nn.Sequential):
         def forward(self, x):
             return super().forward(self.wide * x + self.mask.clamp(min=-5))
@@ -139,11 +151,34 @@ def test_a_bad_batch_leaves_no_trace():
     network, config = replaced(model, cell.site, torch.ones(2, 4)), Config(steps=8, warmstart=0.2, ops=OPS)
     # of the validation batches the first is for a look before the first step
     batches = images(1, bad=(4,), shape=(8, 4)), images(2, bad=(2, 7), shape=(8, 4))
-    found, scores = search.search(network, cell, *batches, cross_entropy, config, Watch(config))
+    search.search(network, cell, *batches, cross_entropy, config, Watch(config))
     assert troubles == {2: ('architecture', 0), 5: ('weights', 0), 7: ('architecture', 0)}
     for level, stayed in enumerate(([5], [2, 7])):  # the warm start is steps 1 and 2
         assert [k for k in range(2, 9) if states[k - 2][level] == states[k - 1][level]] == stayed
-    assert cell.gradient.isfinite().all() and scores.keys() == {'loss', 'accuracy', 'standard_loss'}
+    assert cell.gradient.isfinite().all()
+
+
+def test_any_network_by_a_call(monkeypatch):
+    """As README shows it. In the warm start and in the first trial the network calls its own activations, bit
+    for bit; all trials begin with its first weights."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.LeakyReLU(0.2), nn.SiLU(), nn.Linear(8, 10))
+    (x, _), cell, plain, real = next(images(0)), Cell(OPS), [], search.train
+    network, first = replaced(model, cell.site, x), bits(model.parameters())
+
+    class Watch(search.Run):
+        def after(self, *rest):
+            plain.append(torch.equal(network(x), model(x)))
+            super().after(*rest)
+
+    def train(*words):
+        plain.append(torch.equal(network(x), model(x)))
+        assert bits(model.parameters()) == first
+        return real(*words)
+    monkeypatch.setattr(search, 'train', train)
+    config = Config(steps=5, warmstart=0.4, ops=OPS)
+    _, scores = search.search(network, cell, images(1), images(2), cross_entropy, config, Watch(config))
+    assert plain[:5] == [True, True, False, False, False] and plain[5:] == [True] + [False] * (len(plain) - 6)
+    assert scores.keys() == {'loss', 'accuracy', 'standard_loss'}
 
 
 def test_numbers_that_stay_infinite(tmp_path, capsys):
@@ -302,7 +337,7 @@ def test_killed_at_any_moment(tmp_path, monkeypatch):
     Path('nets.py').write_text(NETS)
     options = [*SMALL, '--steps', '8', '--sampler', 'dirichlet', '--candidates', '3']
     jobs = [('own', [*options, '--model', 'nets.py:images', '--warmstart', '0.3'],
-             {'a': [7], 'b': [13, 8], 'c': [27, 6], 'd': ['activation.json']}),
+             {'a': [8], 'b': [13, 8], 'c': [27, 6], 'd': ['activation.json']}),
             ('toy', options, {'e': [11], 'f': [28]})]  # here trials go on from the weights of the descent
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run([sys.executable, '-c', KILLED, ROOT, json.dumps(jobs)], env=environment,
