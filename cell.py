@@ -81,18 +81,6 @@ class Lookup(torch.autograd.Function):
         return F.pad(half, (0, 1)) + F.pad(half, (1, 0)) if to_values else None, None, None, dx
 
 
-class Tabulated(nn.Module):
-    """An activation through a table, for one that is expensive op by op. Its scalars learn as usual."""
-    def __init__(self, activation: nn.Module):
-        super().__init__()
-        self.activation = activation
-        self.register_buffer('grid', uniform_grid(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = self.activation(self.grid)
-        return Lookup.apply(values, lines(values), LIMIT, x.to(values)).to(x)
-
-
 SAMPLERS, NORMALISERS = ('dirichlet', 'shared', 'mean', 'softmax'), ('none', 'scale', 'centre')
 BINS, SAMPLE = 256, 2048  # the histogram of a site's inputs: its bins, and how many inputs a step adds
 

@@ -98,10 +98,11 @@ class Parser(argparse.ArgumentParser):
             quick = {model: {**PRESETS['quick'][model], **changes}.get(f.name, f.default)
                      for model, changes in presets['quick'].items()}
             values = set(map(str, quick.values()))
-            shown = values.pop() if len(values) == 1 else ', '.join(f'{m} {v}' for m, v in quick.items())
+            several = ', '.join(f'{model} {value}' for model, value in quick.items() if value not in ('', 0))
+            shown = values.pop() if len(values) == 1 else several
             if help:
                 self.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, type=kind,
-                                  choices=choices, metavar=f.name.split('_')[-1].upper(),
+                                  choices=choices, metavar=None if choices else f.name.split('_')[-1].upper(),
                                   help=help + f' ({shown})' * (shown not in ('', '0')))
 
 

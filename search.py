@@ -8,6 +8,7 @@ The loop is in `search`, and it is the lesson. A step has two halves that are st
 while operations are dropped one by one (paper: arXiv 2408.06820, sections 3.2 and 3.3). Then a few functions
 are trained for a while, and the best of them on validation data is the result.
 """
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -32,7 +33,7 @@ from torch.func import functional_call
 
 import data
 import plot
-from activation import SHAPES, Activation, distance, named, nonlinearity, write
+from activation import NAMED, SHAPES, Activation, distance, named, nonlinearity, write
 from cell import NORMALISERS, SAMPLERS, Cell, blame
 from evaluate import (Parser, Presets, Training, append, check_device, configure, cosine, cross_entropy,
                       learning_rate, number, one_line_errors, option, score, seed_everything, train,
@@ -86,8 +87,8 @@ class Config(Training):
         return min(round(share * self.steps), self.steps - 1)
 
 
-PAPER = dict(sampler='dirichlet', normalise='none', shrink='log', shrink_until=0.98, warm_alphas=True,
-             start=0.0, temperature=1.0, discretise='shrink', candidates=0)
+PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log', shrink_until=0.98,
+             warm_alphas=True, start=0.0, temperature=1.0, discretise='shrink', candidates=0)
 
 # What differs from evaluate.PRESETS. paper: its appendix; an epoch is the 75 % of the data that train the
 # weights, one epoch is warm start, dropping begins in the third.
@@ -136,8 +137,10 @@ def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bo
 
 
 def operations_left(step: int, config: Config, first: int, last: int) -> int:
-    """How many operations may be left after so many steps: `first` at shrink_from, `last` at shrink_until."""
-    begin, end = config.at(config.shrink_from), max(config.at(config.shrink_until), 1)
+    """How many operations may be left after so many steps: `first` at shrink_from, `last` at shrink_until. The
+    warm start, in which the alphas know nothing, drops none before its last step."""
+    begin = config.at(max(config.shrink_from, config.warmstart))
+    end = max(config.at(max(config.shrink_until, config.warmstart)), 1)
     if config.shrink == 'none' or step < min(begin + 1, end):
         return first
     share = min((step - begin) / max(end - begin, 1), 1.0) if step < end else 1.0
@@ -197,7 +200,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
             others = [slopes] if val_loss is None else [slopes, val_loss.detach()]
             if not clip_gradients(gradients, config.grad_clip, *others):
                 trouble = blame(model, cell, x) | {'skipped': 'architecture'}
-            elif collect:
+            elif collect:  # the first inputs are counted when the histograms have seen some
                 cell.collect(slopes, early=warmstart // 8 <= step <= warmstart // 4)
             else:
                 arch_opt.step()
@@ -455,6 +458,9 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
     else:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
         model, loss = network(config, cell.site, dataset), cross_entropy
+        if ':' in config.model:  # not ours: proposals are compared with its most frequent activation
+            name = collections.Counter(key[-2] for key in model.index).most_common(1)[0][0]
+            cell.standard = named(name) if name in NAMED else cell.standard
         batches = [data.Batches(dataset, part, config.batch_size, seed, seed % 2 == 0, config.context,
                                 config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
     return model.to(config.device), cell.to(config.device), *batches, loss

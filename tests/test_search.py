@@ -446,8 +446,14 @@ def test_help(program, kind, most, capsys):
     with pytest.raises(SystemExit) as ended:
         program.main(['--help'])
     text = re.sub(r'\s+', ' ', capsys.readouterr().out.split('options:')[1])
-    said = dict(re.findall(r' --([a-z-]+) [A-Z]\S*(?: \[\S+ \.\.\.\])? (.*?)(?= --[a-z-]+ [A-Z]|$)', text))
+    said = dict(re.findall(r' --([a-z-]+) (?:[A-Z]|{)[^ ]*(?: \[\S+ \.\.\.\])? (.*?)(?= --[a-z-]+ [A-Z{]|$)', text))
     assert ended.value.code == 0 and len(said) <= most and all(len(words) > 10 for words in said.values())
     default = evaluate.configure(kind, program.PRESETS, {'model': 'vit_tiny'})
     for name in 'steps', 'lr', 'batch_size', 'data':
         assert f'vit_tiny {getattr(default, name)}' in said[name.replace('_', '-')]
+
+
+def test_warm_start_drops_nothing():
+    """The alphas know nothing before it is over, however long it is."""
+    config = Config(steps=100, warmstart=0.5, shrink_from=0.1, shrink_until=0.2)
+    assert [operations_left(step, config, 110, 6) for step in (1, 49, 50, 100)] == [110, 110, 6, 6]
