@@ -1,19 +1,15 @@
 """An activation function as text, `mul(sigmoid(x), scale(x, 0.5))`: parsed, evaluated, shortened, exported.
-
-A tree is 'x' or a Node: an operation, its inputs (trees) and the value of its scalar.
-"""
+A tree is 'x' or a Node: an operation, its inputs (trees) and the value of its scalar."""
 import ast
-import dataclasses
 import functools
 import re
-import warnings
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ops import ALL, CLIP, SETS, Op, arity, check_choice
+from ops import ALL, CLIP, Op, arity, check_choice, select
 
 # A cell is data: (choice, its inputs) in order of evaluation. U: unary, B: binary; the last is the output.
 CELL = (('U0', 'x'), ('U1', 'x'), ('B0', 'U0', 'U1'), ('U2', 'B0'), ('U3', 'x'), ('B1', 'U2', 'U3'),
@@ -23,20 +19,17 @@ NUMBER = re.compile(r'-?\d{1,29}(\.\d+)?(e-\d+|e\+[12]\d)?')  # below 1e30, as P
 Clip = Optional[float]  # the paper's l; None: no bound
 Tree = Union['Node', str]
 
-
 class Node(NamedTuple):
     op: Op
     inputs: tuple
     scalar: Optional[float] = None
 
-
 def node(op: Op, inputs: Sequence[Tree], scalar: Optional[float] = None) -> Tree:
     """The Node; for identity, left and right the input itself. scalar: None for the initial value."""
-    if op.code in ('a', 'b'):  # the operation only hands an input on
+    if op.code in ('a', 'b'):
         return inputs[op.code == 'b']
     scalar = op.scalar if scalar is None or op.scalar is None else scalar
     return Node(op, () if op.name == 'const' else tuple(inputs), scalar)
-
 
 def cell_tree(shape: str, ops: Sequence[Op], scalars: Optional[Sequence[Optional[float]]] = None) -> Tree:
     """The cell of a shape in SHAPES with one operation, and one scalar or None, a choice point."""
@@ -45,21 +38,17 @@ def cell_tree(shape: str, ops: Sequence[Op], scalars: Optional[Sequence[Optional
         trees[name] = node(op, [trees[key] for key in inputs], scalar)
     return trees[name]
 
-
 def fold(tree: Tree, x: Any, make: Callable[[Node, list], Any]) -> Any:
     """From the inside out: make(node, what was made of its inputs), and x for 'x'."""
     return x if tree == 'x' else make(tree, [fold(part, x, make) for part in tree.inputs])
 
-
-def parts(tree: Tree) -> list[Tree]:
-    """All parts of the tree, itself last, in the order in which their scalars stand in the text."""
-    return fold(tree, ['x'], lambda node, inputs: sum(inputs, []) + [node]) if tree != 'x' else ['x']
-
+def nodes(tree: Tree) -> list[Node]:
+    """All nodes of the tree, itself last, in the order in which their scalars stand in the text."""
+    return fold(tree, [], lambda node, inputs: sum(inputs, []) + [node])
 
 def length(tree: Tree) -> int:
     """How many operations and x's: 1 for 'x', 4 for 'mul(sigmoid(x), x)'."""
     return fold(tree, 1, lambda node, lengths: 1 + sum(lengths))
-
 
 def write(tree: Tree, digits: int = 9) -> str:
     """The expression as text; 9 digits hold a float32 without loss, 17 a float64."""
@@ -67,7 +56,6 @@ def write(tree: Tree, digits: int = 9) -> str:
         scalar = [] if node.scalar is None else [f'{node.scalar:.{digits}g}']
         return f"{node.op.name}({', '.join(words + scalar)})"
     return fold(tree, 'x', word)
-
 
 def parse(text: str) -> Tree:
     """The tree of an expression; a scalar that is not written takes its initial value. Python's grammar reads
@@ -87,13 +75,10 @@ def parse(text: str) -> Tree:
     try:
         if not re.fullmatch(r'[\w (),.+-]{1,10000}', text, re.ASCII) or text.count('(') > 60:  # a cell has 9
             raise ValueError('at most 10,000 letters, digits and _ (),.+- and 60 operations are allowed')
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # '1if x' is a SyntaxWarning
-            return tree(ast.parse(text, mode='eval').body)
+        return tree(ast.parse(text, mode='eval').body)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         why = f'{error.msg} at character {error.offset}' if isinstance(error, SyntaxError) else str(error)
         raise ValueError(f'cannot read {text[:40]!a}: {why or "too deep"}; as in scale(relu(x), 2)') from None
-
 
 def evaluate(tree: Tree, x: Tensor, clip: Clip = CLIP, scalars: Optional[Iterator[Tensor]] = None) -> Tensor:
     """The tree at x, in x's shape and type. scalars: in the order of the text; None: the values in it."""
@@ -102,14 +87,10 @@ def evaluate(tree: Tree, x: Tensor, clip: Clip = CLIP, scalars: Optional[Iterato
         return node.op(*inputs or [x], p=p, clip=clip)  # x gives a constant its shape
     return fold(tree, x, value)
 
-
 def fill(source: str, **names: str) -> str:
     """The Python expression with others in place of its names; ast writes exactly the brackets needed."""
-    class Filling(ast.NodeTransformer):
-        def visit_Name(self, name: ast.Name) -> ast.expr:
-            return ast.parse(names[name.id], mode='eval').body if name.id in names else name
-    return ast.unparse(Filling().visit(ast.parse(source, mode='eval')))
-
+    filled = re.sub(rf"\b({'|'.join(names)})\b", lambda name: f'({names[name[0]]})', source)
+    return ast.unparse(ast.parse(filled))
 
 def formula(tree: Tree, clip: Clip) -> str:
     """Ordinary notation, scalars to 3 digits. clip(y) is max(-l, min(l, y)), only where it can act."""
@@ -119,52 +100,48 @@ def formula(tree: Tree, clip: Clip) -> str:
             p = torch.tensor(p).sigmoid().item()
             source = f'p * a + {1 - p:.3g} * b'
         source = fill(source, **dict(zip('ab', words)), p=f'{p or 0:.3g}')
-        free = node._replace(op=dataclasses.replace(node.op, clips=False))
-        acts = node.op.clips and clip and evaluate(free, POINTS, clip).abs().max() > clip * (1 + 1e-9)
-        return f'clip({source})' if acts else source
+        if node.op.clips and clip:
+            y = node.op(*(evaluate(part, POINTS, clip) for part in node.inputs), p=node.scalar, clip=None)
+            return f'clip({source})' if y.abs().max() > clip * (1 + 1e-9) else source
+        return source
     result = fold(tree, 'x', text).replace(' ** ', '^').replace('--', '')
     return result.replace(' - -', ' + ').replace(' + -', ' - ')
 
-
-def latex(tree: Tree, clip: Clip) -> Optional[str]:
-    """The formula for LaTeX's mathematics mode (amsmath); None without sympy, which torch brings."""
-    try:
-        from sympy import Function, latex, sympify
-    except ImportError:
-        return None
+def latex(tree: Tree, clip: Clip) -> str:
+    """The formula for LaTeX's mathematics mode (amsmath)."""
+    from sympy import Function, latex, sympify  # torch brings it; it takes a second to load
     own = {name: Function(name) for name in ('max', 'min')}  # Python's would compare
     return latex(sympify(formula(tree, clip).replace('^', '**').replace('_', ''), own, evaluate=False))
-
 
 # Two functions are equal when their values are. POINTS: dense at -1, 0 and 1; PROBES: to find candidates.
 NEAR = 10 ** torch.linspace(-12, 4, 273).double()
 POINTS = torch.cat([torch.linspace(-9, 9.01, 901), *(c + s * NEAR for c in (-1, 0, 1) for s in (-1, 1))])
 PROBES = torch.linspace(-4.13, 4.17, 48).double()
-BASE = tuple(op for ops in SETS['base'] for op in ops if op.scalar is None and op.code not in ('a', 'b'))
 
-
-@functools.lru_cache(64)
-def combined(trees: tuple[Tree, ...], ops: tuple[Op, ...], clip: Clip) -> tuple[list[Tree], Tensor]:
-    """Those trees, every unary operation on one and binary one on two, and their (trees, probes) directions:
-    values without the mean, at length 1, which are the same for functions equal up to scale and shift."""
+def similar(tree: Tree, trees: list[Tree], ops: list[Op], clip: Clip) -> list[Tree]:
+    """Of `trees`, every unary operation on one and binary one on two: those equal to `tree` up to scale and
+    shift, because their values without the mean point in the same direction."""
     unary, binary = ([op for op in ops if arity(op) == n] for n in (1, 2))
-    y = torch.stack([evaluate(tree, PROBES, clip) for tree in trees])
+    y = torch.stack([evaluate(part, PROBES, clip) for part in trees])
     y = torch.cat([y, *(op(y, clip=clip) for op in unary),
-                   *(op(y[:, None], y, clip=clip).flatten(0, 1) for op in binary)])
+                   *(op(y[:, None], y, clip=clip).flatten(0, 1) for op in binary)])  # (made, probes)
     made = [*trees, *(Node(op, (a,)) for op in unary for a in trees),
             *(Node(op, (a, b)) for op in binary for a in trees for b in trees)]
-    return made, nn.functional.normalize(y - y.mean(1, keepdim=True), eps=1e-9).nan_to_num(0.0, 0.0, 0.0)
-
+    v = evaluate(tree, PROBES, clip)
+    cosine = nn.functional.cosine_similarity(y - y.mean(1, keepdim=True), v - v.mean())
+    return [made[k] for k in (cosine.abs() > 1 - 1e-9).nonzero().flatten().tolist()]
 
 @functools.lru_cache(100_000)
-def shorten(tree: Tree, clip: Clip) -> Tree:
-    """The shortest tree known for the same function, up to 1e-7 of its value. From the inside out, each part
-    becomes a constant, one of 3,000 short functions of x, one of its own parts or one operation on those."""
+def shorten(tree: Tree, clip: Clip, ops: str = 'base') -> Tree:
+    """The shortest tree found for the same function, up to 1e-7 of its value. From the inside out, a part
+    becomes a constant, one of its parts or one operation on them. ops: see ops.select; no others come in."""
     if length(tree) == 1:
         return tree
+    allowed = dict.fromkeys([*sum(select(ops), ()), *(part.op for part in nodes(tree))])
+    usable = [op for op in allowed if op.scalar is None and op.code not in ('a', 'b')]
     v, single = evaluate(tree, POINTS, clip), evaluate(tree, POINTS.float(), clip)
     def fitted(candidate: Tree) -> Tree:
-        """The candidate scaled and shifted to the tree's values, if then equal and shorter; or the tree."""
+        """The candidate scaled and shifted to the tree's values if then equal and shorter, else the tree."""
         y = evaluate(candidate, POINTS, clip)
         low, high = y.abs().argmin(), y.abs().argmax()
         p = (v[high] - v[low]) / (y[high] - y[low])
@@ -174,18 +151,12 @@ def shorten(tree: Tree, clip: Clip) -> Tree:
         candidate = Node(ALL['bias'], (candidate,), q) if abs(q) > 1e-6 else candidate
         same = ((evaluate(candidate, POINTS, clip) - v).abs() <= 1e-7 * v.abs() + 1e-10).all()
         same = same and (evaluate(candidate, POINTS.float(), clip).isfinite() | ~single.isfinite()).all()
+        same = same and all(part.op in allowed for part in nodes(candidate))
         return candidate if same and length(candidate) < length(tree) else tree
-    best = fitted(tree._replace(inputs=tuple(shorten(part, clip) for part in tree.inputs)))
-    used = [part.op for part in parts(tree) if part != 'x' and part.scalar is None]
-    own = combined((tree, *dict.fromkeys(parts(best)[:-1])), tuple(dict.fromkeys([*BASE, *used])), clip)
-    known = combined(('x', *(Node(op, ('x',)) for op in BASE if arity(op) == 1)), BASE, clip)
+    best = fitted(tree._replace(inputs=tuple(shorten(part, clip, ops) for part in tree.inputs)))
     candidates = [Node(ALL['const'], (), single[0].item() + 0.0)]  # not -0
-    for trees, rows in (known, own):
-        candidates += [trees[k] for k in ((rows @ own[1][0]).abs() > 1 - 1e-9).nonzero().flatten().tolist()]
-    for candidate in sorted(candidates, key=length):
-        best = min(best, fitted(candidate), key=length) if length(candidate) < length(best) else best
-    return best
-
+    candidates += similar(tree, list(dict.fromkeys(['x', *nodes(best)[:-1]])), usable, clip)
+    return min([best, *(fitted(c) for c in candidates if length(c) < length(best))], key=length)
 
 class Activation(nn.Module):
     """A function; its scalars are parameters. Activation(f.expression, f.clip) is the same, bit for bit."""
@@ -197,8 +168,8 @@ class Activation(nn.Module):
     def __init__(self, expression: Tree, clip: Clip = CLIP):
         super().__init__()
         self.tree, self.clip = parse(expression) if isinstance(expression, str) else expression, clip
-        values = [part.scalar for part in parts(self.tree) if part != 'x' and part.scalar is not None]
-        self.scalars = nn.ParameterList([nn.Parameter(torch.tensor(float(value))) for value in values])
+        values = [float(part.scalar) for part in nodes(self.tree) if part.scalar is not None]
+        self.scalars = nn.ParameterList(map(nn.Parameter, map(torch.tensor, values)))
         # subtle: the result may be changed in place, but tanh needs it for its gradient, and x is not ours
         y = evaluate(self.tree, torch.ones(1, requires_grad=True), clip)
         self.copies = y.is_leaf or hasattr(y.grad_fn, '_saved_result')
@@ -214,13 +185,13 @@ class Activation(nn.Module):
         p = (scalar.item() for scalar in self.scalars)
         return fold(self.tree, 'x', lambda n, y: Node(n.op, tuple(y), None if n.scalar is None else next(p)))
 
-    def shortened(self) -> 'Activation':
-        """The shortest equal function known. A scalar that comes in, as in x + x = 2 * x, is learnable."""
-        return Activation(shorten(self.valued, self.clip), self.clip)
+    def shortened(self, ops: str = 'base') -> 'Activation':
+        """The shortest equal function found. A scalar that comes in, as in x + x = 2 * x, is learnable."""
+        return Activation(shorten(self.valued, self.clip, ops), self.clip)
 
     def module(self, note: str = '') -> str:
         """The text of a file that needs torch alone: the function as class `Found`. note: its origin."""
-        lines, scalars = {}, []  # code -> the variable that holds it; values
+        lines, scalars = {}, []  # code -> the variable that holds it; source of the parameters
         def line(node: Node, inputs: list) -> str:
             names = dict(zip('ab', inputs or ['y']))
             if node.scalar is not None:
@@ -237,22 +208,18 @@ class Activation(nn.Module):
             parameters=''.join(f'\n        self.p{k} = {value}' for k, value in enumerate(scalars)),
             scalars=', '.join(f'self.p{k}' for k in range(len(scalars))))
 
-
 MODULE = '''"""f(x) = {formula}, with clip(y) = max(-l, min(l, y)), l = {clip}
 {note}
-Needs torch alone: copy this file anywhere, write Found() where nn.ReLU() stood. Any shape; the scalars learn.
-"""
+Needs torch alone: copy it anywhere, write Found() where nn.ReLU() stood. Any shape; the scalars learn."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 
 @torch.fx.wrap  # one step for torch.fx
 def found(x: torch.Tensor, p: list[torch.Tensor]) -> torch.Tensor:
     y = x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
 {lines}    y = {result}
     return y.to(x.dtype) if x.is_floating_point() else y
-
 
 class Found(nn.Module):
     def __init__(self) -> None:
@@ -273,13 +240,11 @@ NAMED: dict[str, tuple[str, Clip]] = {  # name -> (expression, clip); grafs_*: i
     'grafs_gpt_1': ('mul(silu(mul(sigmoid(relu(x)), gelu(x))), silu(x))', CLIP),
     'grafs_gpt_2': ('mix(silu(mul(sigmoid(silu(x)), square(x))), silu(x), -0.28185115)', CLIP)}
 
-
 def named(text: str) -> Activation:
     """The activation of a known name, or of an expression. Raises ValueError."""
     if re.fullmatch(r'\s*[\w-]+\s*', text) and text.strip() != 'x':
         check_choice('activation', text.strip(), NAMED)
     return Activation(*NAMED.get(text.strip(), (text,)))
-
 
 def distance(f: Callable, target: Callable, rescale: bool = True) -> float:
     """The RMS difference under N(0, 1) as a share of the target's standard deviation, after the best scale
@@ -293,7 +258,6 @@ def distance(f: Callable, target: Callable, rescale: bool = True) -> float:
         gain = (p * z * y).sum() / (p * z * z).sum().clamp(min=1e-12)
         best = min(best, ((p * (gain * z - y).square()).sum() / variance).sqrt().item())
     return best if variance > 1e-12 else float('nan')
-
 
 def nonlinearity(f: Callable) -> float:
     """What the best line leaves of f's standard deviation under N(0, 1): 0 for a line, nan for a constant."""

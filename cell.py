@@ -259,6 +259,7 @@ class Site(nn.Module):
         self.index = index
         object.__setattr__(self, 'cell', cell)  # not registered: its parameters are not the network's
 
+    @torch.compiler.disable  # with --compile, what stands between the sites is compiled
     def forward(self, x: Tensor) -> Tensor:
         cell = self.cell
         # in weight steps only: the batches of architecture steps and evaluations leave no trace

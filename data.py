@@ -32,6 +32,7 @@ SOURCES = {  # names of training and test files, of which the first complete lay
                      'TinyStories-train.txt TinyStories-valid.txt'],
                     {STORIES + 'train.txt': '', STORIES + 'valid.txt': ''}),
 }
+PUBLISHED = {'cifar10': 60_000, 'cifar100': 60_000, 'tinystories': 2_119_719}  # images or stories in all
 DATA = tuple(SOURCES)
 END = b'<|endoftext|>'     # between two stories; in the tensors it is one byte 0, or GPT-2's token 50256
 BLOCK = 4096               # a text is shuffled in blocks of so many tokens; no window spans two of them
@@ -59,8 +60,8 @@ class Dataset:
     @cached_property
     def normal(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation by channel of the training pixels (0 to 255), each (channels, 1, 1)."""
-        std, mean = torch.std_mean(self.train[0].double(), (0, 2, 3), correction=0)
-        return mean.float().view(-1, 1, 1), std.clamp(min=1.0).float().view(-1, 1, 1)
+        std, mean = torch.std_mean(self.train[0].double(), (0, 2, 3), correction=0, keepdim=True)
+        return mean[0].float(), std[0].clamp(min=1.0).float()
 
 def load(name: str, data_dir: str | None = None, tokens: str = 'bytes', side: int | None = None) -> Dataset:
     """The data set `name`. data_dir: folder of its files, its parent, or a file; None: built in or fetched.
@@ -76,13 +77,20 @@ def load(name: str, data_dir: str | None = None, tokens: str = 'bytes', side: in
         raise ValueError(f'--data-dir {data_dir} would be ignored: {name} is built in; leave the option out')
     files = find(name, data_dir)
     if text:
-        return Dataset(name, 'text', *text_parts(files, tokens), 256 if tokens == 'bytes' else 50257)
+        return Dataset(name, 'text', *text_parts(name, files, tokens), 256 if tokens == 'bytes' else 50257)
     parts = [images(name, path, raw, own_side) for path, raw in files]
     if side == 16 != own_side:
         parts = [(F.avg_pool2d(x.float(), 2).round().byte(), y) for x, y in parts]
-    train = tuple(torch.cat(tensors) for tensors in zip(*parts[:-1]))
+    train, test = tuple(torch.cat(tensors) for tensors in zip(*parts[:-1])), parts[-1]
     classes, mirror = 100 if name == 'cifar100' else 10, name != 'svhn'  # a mirrored digit is no digit
-    return Dataset(name, 'image', train, parts[-1], classes, 3, side or own_side, mirror)
+    note_part(name, len(train[1]), len(test[1]), f'images ({len(train[1]) / classes:g} a class) to train')
+    return Dataset(name, 'image', train, test, classes, 3, side or own_side, mirror)
+
+def note_part(name: str, train: int, test: int, what: str) -> None:
+    """A note where this is a part of what was published: its results are not those of the whole set."""
+    if train + test < PUBLISHED.get(name, 0):
+        print(f'note: this is a part of {name}: {train:,} {what} and {test:,} to test, of '
+              f'{PUBLISHED[name]:,} published', file=sys.stderr)
 
 def download(address: str, path: Path) -> None:
     """Fetch `address` to `path`; ValueError when it does not arrive."""
@@ -90,7 +98,7 @@ def download(address: str, path: Path) -> None:
     try:
         answer = requests.get(address, timeout=30)
         answer.raise_for_status()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         part = path.with_suffix(f'.{os.getpid()}')  # renamed when whole: two processes may do this at once
         part.write_bytes(answer.content)
         part.replace(path)
@@ -98,35 +106,37 @@ def download(address: str, path: Path) -> None:
         raise ValueError(f'cannot fetch {address}: {error}; get it elsewhere for --data-dir') from None
 
 def find(name: str, data_dir: str | None) -> list[tuple[str, bytes]]:
-    """(path, contents) of the training files and the test file, in a folder, a subfolder, or an archive."""
+    """(path, contents) of the training files and the test file, in a folder, a subfolder, or an archive.
+    Upper and lower case in their names do not count."""
     layouts, addresses = SOURCES[name]
-    place = DOWNLOADS if addresses else SAMPLES
-    if data_dir and not (place := Path(data_dir).expanduser()).exists():
+    place = Path(data_dir).expanduser() if data_dir else DOWNLOADS if addresses else SAMPLES
+    if data_dir and not place.exists():
         raise ValueError(f'--data-dir {data_dir}: there is no such folder or file')
     if place.is_file() and 'stories' in name:
         return [(str(place), place.read_bytes())]
-    folder = place.parent if place.is_file() else place
-    for address, md5 in addresses.items():
-        path = folder / address.rsplit('/', 1)[1]
-        if not data_dir and not path.exists():
+    for address in addresses:
+        if not data_dir and not (path := place / address.rsplit('/', 1)[1]).exists():
             download(address, path)
-        if md5 and path.exists() and hashlib.md5(path.read_bytes()).hexdigest() != md5:
-            raise ValueError(f'{path}: wrong checksum, expected {md5}; delete it and get {address} again')
-        if path.suffix == '.gz' and path.exists():
-            with tarfile.open(path) as tar:  # nothing is unpacked: no name in it can do harm
-                members = {member.name.rsplit('/', 1)[-1]: member for member in tar}
-                return [(file, tar.extractfile(members[file]).read()) for file in layouts[0].split()]
-    for folder in [folder, *sorted(folder.iterdir())]:
-        for paths in ([folder / file for file in layout.split()] for layout in layouts):
-            if all(path.is_file() for path in paths):
+    folder = place.parent if place.is_file() else place
+    for folder in [folder, *filter(Path.is_dir, sorted(folder.iterdir()))]:
+        there = {path.name.lower(): path for path in sorted(folder.iterdir())}
+        for address, md5 in addresses.items():
+            path = there.get(address.rsplit('/', 1)[1].lower())
+            if path and md5 and hashlib.md5(path.read_bytes()).hexdigest() != md5:
+                raise ValueError(f'{path}: wrong checksum, expected {md5}; delete it and get {address} again')
+            if path and address.endswith('.gz'):
+                with tarfile.open(path) as tar:  # nothing is unpacked: no name in it can do harm
+                    members = {member.name.rsplit('/', 1)[-1]: member for member in tar}
+                    return [(file, tar.extractfile(members[file]).read()) for file in layouts[0].split()]
+        for layout in layouts:
+            if all(paths := [there.get(file.lower()) for file in layout.split()]):
                 return [(str(path), path.read_bytes()) for path in paths]
     raise ValueError(f"{place} has not all of {', or '.join(layouts)}; get {' and '.join(addresses)} "
                      f'(files of another layout, such as pickles, which can run any code, are never read)')
 
 def images(name: str, path: str, raw: bytes, side: int) -> Part:
-    """Pixels and labels of one file. CIFAR: records of label bytes, then pixels, colour by colour. SVHN: a
-    .mat file; X is (row, column, colour, image), label 10 is the digit 0."""
-    if name == 'svhn':
+    """Pixels and labels of one file. CIFAR: records of label bytes, then pixels, colour by colour."""
+    if name == 'svhn':  # a .mat file; X is (row, column, colour, image), label 10 is the digit 0
         from scipy.io import loadmat  # pip install scipy
         x, y = map(torch.from_numpy, map(loadmat(path).get, 'Xy'))
         return x.permute(3, 2, 0, 1).contiguous(), y.flatten().long() % 10
@@ -137,11 +147,16 @@ def images(name: str, path: str, raw: bytes, side: int) -> Part:
     records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, size)
     return records[:, labels:].reshape(-1, 3, side, side), records[:, labels - 1].long()
 
-def text_parts(files: list[tuple[str, bytes]], tokens: str) -> list[Tensor]:
-    """Training and test tokens, for any line ends; of a single file the last twentieth is the test text."""
+def text_parts(name: str, files: list[tuple[str, bytes]], tokens: str) -> list[Tensor]:
+    """Training and test tokens of UTF-8 or UTF-16 with any line ends; the test text is the last file, or the
+    last twentieth of a single one."""
     texts = []  # lists of stories
-    for _, raw in files:
-        raw = raw.removeprefix(b'\xef\xbb\xbf').replace(b'\r\n', b'\n').rstrip()
+    for path, raw in files:
+        if raw.startswith((b'\xff\xfe', b'\xfe\xff')):
+            raw = raw.decode('utf-16', 'replace').encode()
+        if b'\0' in raw:
+            raise ValueError(f'{path} holds bytes of value 0, as no text does; save it as UTF-8')
+        raw = raw.removeprefix(b'\xef\xbb\xbf').replace(b'\r\n', b'\n').replace(b'\r', b'\n').rstrip()
         stories = [story.strip(b' \t') for story in raw.split(END) if story.strip()]
         texts.append([story.removeprefix(b'\n').removesuffix(b'\n') for story in stories])
     if len(texts) == 1:
@@ -156,6 +171,7 @@ def text_parts(files: list[tuple[str, bytes]], tokens: str) -> list[Tensor]:
         parts = [torch.frombuffer(bytearray(b'\0'.join(text) + b'\0'), dtype=torch.uint8) for text in texts]
     if min(map(len, texts)) < 2 or len(parts[0]) < 4 * BLOCK or len(parts[1]) < BLOCK:
         raise ValueError(f'{files[0][0]}: too few tokens; is {END.decode()} between the stories?')
+    note_part(name, *map(len, texts), 'stories to train')
     return parts
 
 def whole(dataset: Dataset) -> Part:
@@ -178,19 +194,30 @@ def generator(stream: str, seed: int, k: int) -> torch.Generator:
 class Batches(Iterator):
     """Endless batches (x, y) of one part. The k-th is a pure function of (seed, k), and state_dict() is k.
     images: x float32 (size, channels, side, side), normalised; y int64 (size,). Each epoch is a permutation.
-    text: x int64 (size, context), windows at random places; y the same, one token on."""
+    text: x int64 (size, context), windows at random places; y the same, one token on.
+    Under torchrun: a rank's share of a batch that all ranks draw, `ranks` times as large."""
     def __init__(self, dataset: Dataset, part: Part, size: int, seed: int, augment: bool = False,
                  context: int = 128, device: str = 'cpu') -> None:
-        self.size, self.seed, self.augment, self.context, self.device = size, seed, augment, context, device
-        self.text, self.mirror, self.position, self.epoch = dataset.kind == 'text', dataset.mirror, 0, -1
+        self.start(size, seed, device)
+        self.text, self.mirror, self.epoch = dataset.kind == 'text', dataset.mirror, -1
+        self.augment, self.context = augment, context
         if self.text and not (1 <= context < BLOCK and len(part[0])):
             raise ValueError(f'--context {context}: 1 to {BLOCK - 1} fit, in {len(part[0])} blocks of text')
-        if not self.text and not 1 <= size <= len(part[0]):
-            raise ValueError(f'--batch-size {size}: 1 to {len(part[0])} fit, the images in this part')
+        if not self.text and not 1 <= self.size <= len(part[0]):
+            raise ValueError(f'--batch-size {self.size}: 1 to {len(part[0])} fit, the images in this part')
         self.tensors = [t.to(device) for t in (part if self.text else [*part, *dataset.normal])]
 
+    def start(self, size: int, seed: int, device: str) -> None:
+        alone = not torch.distributed.is_initialized()
+        self.rank, ranks = (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        self.size, self.ranks, self.seed, self.device, self.position = size * ranks, ranks, seed, device, 0
+
     def __next__(self) -> tuple[Tensor, Tensor]:
-        k, self.position = self.position, self.position + 1
+        x, y = self.draw(self.position)
+        self.position += 1
+        return x[self.rank::self.ranks], y[self.rank::self.ranks]
+
+    def draw(self, k: int) -> tuple[Tensor, Tensor]:
         if self.text:
             blocks, draw = self.tensors[0], generator('text', self.seed, k)
             start = torch.randint(len(blocks), (self.size, 1), generator=draw) * BLOCK
@@ -216,11 +243,12 @@ class Batches(Iterator):
 class TeacherBatches(Batches):
     """Endless (x, y): x ~ N(0, 1) of (size, inputs), y what the teacher network makes of it."""
     def __init__(self, teacher: torch.nn.Module, size: int, seed: int, device: str = 'cpu') -> None:
-        self.teacher, self.size, self.seed, self.device, self.position = teacher, size, seed, device, 0
+        self.start(size, seed, device)
+        self.teacher = teacher
 
     @torch.no_grad()
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        draw, self.position = generator('teacher', self.seed, self.position), self.position + 1
+    def draw(self, k: int) -> tuple[Tensor, Tensor]:
+        draw = generator('teacher', self.seed, k)
         x = torch.randn(self.size, self.teacher.first.in_features, generator=draw).to(self.device)
         return x, self.teacher(x)
 
@@ -243,20 +271,3 @@ def test_batches(dataset: Dataset, size: int, context: int = 128, device: str = 
     text, n = dataset.test.to(device), (len(dataset.test) - 1) // context
     x, y = (text[k:k + n * context].view(n, context).split(size) for k in (0, 1))
     return ((some.long(), target.long()) for some, target in zip(x, y))
-
-def make_samples(data_dir: str) -> None:
-    """Write samples/: in each class the images of the smallest checksums, in whatever order the files are."""
-    full, small = load('cifar10', data_dir), load('cifar10', data_dir, side=16)
-    text = iter(bytes(load('tinystories', data_dir).train.numpy()).split(b'\0'))
-    for part, each, size in ('train', 500, 950_000), ('test', 100, 100_000):
-        (x, y), (pixels, _) = getattr(full, part), getattr(small, part)
-        rank = torch.tensor([zlib.crc32(image) for image in x.numpy()]).argsort()
-        chosen = rank[F.one_hot(y[rank]).cumsum(0).gather(1, y[rank, None])[:, 0] <= each]  # first of a class
-        records = torch.cat([y[chosen, None].byte(), pixels[chosen].flatten(1)], 1)
-        (SAMPLES / f'cifar10_16_{part}.bin').write_bytes(records.numpy().tobytes())
-        with open(SAMPLES / f'tinystories_sample_{part}.txt', 'wb') as file:
-            while file.tell() < size:
-                file.write(next(text) + b'\n' + END + b'\n')
-
-if __name__ == '__main__':  # python data.py make-samples --data-dir FOLDER
-    make_samples(sys.argv[3])

@@ -21,16 +21,17 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Optional, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from activation import NAMED, Activation, named
+from activation import NAMED, Activation, Tree, evaluate as values, named, nonlinearity
 from models import STANDARD, network, source_digest
 from ops import check_choice
 from plot import comparison, report
@@ -40,8 +41,8 @@ from space import Space
 
 def option(default: Any, help: str = '', kind: Optional[Callable] = None, choices: Iterable = ()) -> Any:
     """A setting. With `help` it is an option of the command line; without, presets alone set it."""
-    metadata = dict(help=help, kind=kind or type(default), choices=choices)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices or None,
+                                                            kind=kind or type(default)))
 
 
 def number(low: float, kind: type = int) -> Callable[[str], Any]:
@@ -62,9 +63,12 @@ class Training:
     data: str = option('', 'data set; default: the built-in sample that suits the network', choices=data.DATA)
     data_dir: str = option('', 'folder with the files of the data set; default: they are downloaded')
     side: int = option(0, 'average images to this side, in pixels; 0: as they are', choices=(0, 16, 32))
-    preset: str = option('quick', 'quick: minutes, built-in data; paper: its data and settings',
-                         choices=('quick', 'paper'))
+    preset: str = option('quick', 'quick: minutes, built-in data; evening: CIFAR-10 at side 16, or 14 MB of '
+                         'text; paper: its data and settings', choices=('quick', 'evening', 'paper'))
     device: str = option('auto', 'auto, cpu, cuda or mps')
+    dtype: str = option('float32', 'of the forward pass; weights, alphas and tables stay in float32',
+                        choices=('float32', 'bfloat16'))
+    compile: bool = option(False, 'torch.compile the network; needs a C++ compiler')
     out: str = option('results.jsonl', 'ledger: one line a finished run; what is there is not repeated')
     steps: int = option(500, 'weight steps; the other lengths are shares of it', number(2))
     batch_size: int = option(64, 'images or text windows in a batch', number(1))
@@ -84,6 +88,38 @@ class Training:
 AnyConfig = TypeVar('AnyConfig', bound=Training)
 Presets = dict[str, dict[str, dict[str, Any]]]  # name, network, settings
 
+# quick: a minute a run on two cores. evening: some twenty. paper: its appendix, with crops and mirrors
+# instead of TrivialAugment.
+SGD = dict(optimizer='sgd', lr=0.1)
+PRESETS: Presets = {
+    'quick': {
+        'resnet20': dict(SGD, data='cifar10_16', steps=800, lr_end=0.0, warmup=0.05, weight_decay=5e-4),
+        'vit_tiny': dict(data='cifar10_16', steps=300, batch_size=16, lr=5e-4, lr_end=0.0, warmup=0.1,
+                         weight_decay=0.05),
+        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, context=64, lr=3e-3, lr_end=0.1,
+                        warmup=0.1, weight_decay=0.1),
+        'toy': dict(data='cifar10_16', steps=2000, lr_end=0.1),
+    },
+    'evening': {
+        'resnet20': dict(SGD, data='cifar10', side=16, steps=7800, batch_size=128, lr_end=0.0, warmup=0.05,
+                         weight_decay=5e-4),
+        'vit_tiny': dict(data='cifar10', side=16, steps=2000, batch_size=128, lr_end=0.0, warmup=0.1,
+                         weight_decay=0.05),
+        'minigpt': dict(data='tinystories', steps=2000, batch_size=16, lr=3e-3, lr_end=0.1, warmup=0.1,
+                        weight_decay=0.1),
+        'toy': dict(data='cifar10', side=16, steps=8000, lr_end=0.1),
+    },
+    'paper': {
+        'resnet20': dict(SGD, data='cifar10', steps=78_000, batch_size=128, lr_milestones=(0.5, 0.75),
+                         grad_clip=0.0),
+        'vit_tiny': dict(data='cifar10', steps=48_500, batch_size=512, lr_end=0.0, weight_decay=0.0,
+                         grad_clip=0.0),
+        'minigpt': dict(data='tinystories', steps=10_000, accumulate=10, context=256, tokens='gpt2',
+                        lr_end=0.1, warmup=0.01, weight_decay=0.1, dropout=0.2),
+        'toy': dict(data='cifar10', steps=20_000, batch_size=128, lr_end=0.1),
+    },
+}
+
 
 class Parser(argparse.ArgumentParser):
     """Raises ValueError where argparse would print its usage and exit."""
@@ -94,33 +130,31 @@ class Parser(argparse.ArgumentParser):
     def add_settings(self, kind: type[Training], presets: Presets) -> None:
         """An option for every field of `kind` that has a help text, with the defaults of the preset quick."""
         for f in dataclasses.fields(kind):
-            help, kind, choices = f.metadata['help'], f.metadata['kind'], f.metadata['choices'] or None
+            help, kind, choices = (f.metadata[key] for key in ('help', 'kind', 'choices'))
             quick = {model: {**PRESETS['quick'][model], **changes}.get(f.name, f.default)
                      for model, changes in presets['quick'].items()}
-            values = set(map(str, quick.values()))
-            several = ', '.join(f'{model} {value}' for model, value in quick.items() if value not in ('', 0))
-            shown = values.pop() if len(values) == 1 else several
+            given = [f'{model} {value}' for model, value in quick.items() if value or value == 0.0]
+            shown = given if len(set(quick.values())) > 1 else [f'{value}' for value in {*quick.values()} if value]
+            name = None if choices else f.name.split('_')[-1].upper()
+            takes = dict(action='store_true') if kind is bool else dict(type=kind, choices=choices, metavar=name)
             if help:
-                self.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, type=kind,
-                                  choices=choices, metavar=None if choices else f.name.split('_')[-1].upper(),
-                                  help=help + f' ({shown})' * (shown not in ('', '0')))
+                self.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, **takes,
+                                  help=help + f" ({', '.join(shown)})" * bool(shown))
 
 
 def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) -> AnyConfig:
     """The defaults of `kind`, the network's preset, its changes in `presets`, what is given; absolute paths.
-
-    given: may hold more than the fields of `kind`. Raises ValueError for an unknown network or device.
-    """
+    given: may hold more than the fields of `kind`. Raises ValueError for an unknown network or device."""
     given = {f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}
     preset, model = given.get('preset', 'quick'), given.get('model', 'resnet20')
-    if ':' not in model:
-        check_choice('--model', model, [*STANDARD, 'torchvision:NAME', 'FILE.py:FUNCTION'])
-    text = given.get('data', '').startswith('tinystories')
+    own, text = ':' in model, given.get('data', '').startswith('tinystories')
+    check_choice('--model', model if not own else 'toy', [*STANDARD, 'torchvision:NAME', 'FILE.py:FUNCTION'])
     families = {'resnet': 'resnet20', 'vit': 'vit_tiny', 'toy': 'toy', '': 'minigpt'}  # whose settings
     like = next(name for start, name in families.items() if model.startswith(start))
-    if ':' in model:
-        like = 'minigpt' if text else 'vit_tiny'
+    like = like if not own else 'minigpt' if text else 'vit_tiny'
     config = kind(**{**PRESETS[preset][like], **presets[preset][like], **given})
+    if own and config.compile:
+        raise ValueError(f'--compile --model {model}: only the networks that have names are compiled')
     if '.py:' in model:
         config.model = os.path.abspath(os.path.expanduser(model))
     if config.data_dir:
@@ -130,12 +164,19 @@ def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) ->
 
 
 def check_device(device: str) -> str:
-    """The device, for 'auto' the best there is. Raises ValueError when it is not there."""
+    """The device, for 'auto' the best there is; under torchrun, whose ranks meet here, the rank's own.
+    Raises ValueError when it is not there."""
     present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if device == 'auto':
-        return next(name for name, there in present.items() if there)
+        device = next(name for name, there in present.items() if there)
     if not re.fullmatch(r'[a-z]+(:\d+)?', device) or not present.get(device.split(':')[0]):
         raise ValueError(f'--device {device} is not there, or not in this PyTorch; use --device cpu')
+    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+        if device == 'cuda':
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, 'w')  # the first rank speaks for all
     return device
 
 
@@ -174,12 +215,25 @@ def learning_rate(step: int, config: Training) -> float:
     return config.lr * rise * tenths * cosine(step / config.steps, config.lr_end)
 
 
+def precision(config: Training, x: Tensor) -> contextlib.AbstractContextManager:
+    """Around a forward pass of x: --dtype."""
+    return torch.autocast(x.device.type, torch.bfloat16, config.dtype == 'bfloat16')
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Under torchrun: each becomes its mean over the ranks, the same bits on all of them. Alone: nothing."""
+    if dist.is_initialized() and (tensors := list(tensors)):
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
+
+
 def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], Tensor],
           config: Training) -> list[list[float]]:
     """Train for config.steps steps. Returns the curve: 20 times [step, mean loss since the last point].
-
-    A run that diverges ends there, and its curve ends with a loss that is not finite.
-    """
+    A run that diverges ends there, and its curve ends with a loss that is not finite."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = weight_optimizer(weights, config)
     curve, every, total = [], max(1, config.steps // 20), 0.0
@@ -189,18 +243,22 @@ def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], 
             group['lr'] = learning_rate(step, config)
         for _ in range(config.accumulate):
             x, y = next(batches)
-            batch_loss = loss(model(x), y) / config.accumulate
+            with precision(config, x):
+                batch_loss = loss(model(x), y) / config.accumulate
             batch_loss.backward()
             total += batch_loss.detach()
+        average(p.grad for p in weights if p.grad is not None)
         if config.grad_clip:
             nn.utils.clip_grad_norm_(weights, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % every == 0:  # the only place where a value leaves the device
-            curve.append([step + 1, round(float(total) / every, 5)])
+            average([total])
+            curve.append([step + 1, round(total.item() / every, 5)])
             total = 0.0
             if not math.isfinite(curve[-1][1]):
                 break
+    average(b for b in model.buffers() if b.is_floating_point())  # each rank has seen other batches
     return curve
 
 
@@ -220,8 +278,9 @@ def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], 
                 hits.append((output.argmax(dim) == y).float().mean() * len(y))
                 break
     model.train(training)
-    result = {'loss': (torch.stack(losses).sum() / count).item()}
-    return result | ({'accuracy': (torch.stack(hits).sum() / count).item()} if hits else {})
+    result = torch.stack([torch.stack(values).sum() / count for values in (losses, hits) if values])
+    average([result])  # each rank has its share of validation batches
+    return dict(zip(('loss', 'accuracy'), result.tolist()))
 
 
 # ---- files and errors ----
@@ -252,108 +311,71 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
     """Around a whole program. A user's mistake (ValueError, OSError) is one line and exit code 2, Ctrl-C 130.
     A mistake of ours keeps its traceback. hint: how to go on."""
-    code = 2
     try:
         yield
         sys.stdout.flush()
         return
     except KeyboardInterrupt:
         line, code = f'stopped; {hint()}', 130
-    except OSError as error:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        code, line = 2, f'error: {error}'
         if isinstance(error, BrokenPipeError):  # nothing may be written at exit either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        line = f"error: {error.filename or 'output'}: {error.strerror or error}; {hint()}"
-    except ValueError as error:
-        line = f'error: {error}'
-    except ModuleNotFoundError as error:
-        if error.name not in ('matplotlib', 'scipy', 'tiktoken', 'torchvision'):
+        if isinstance(error, OSError):
+            line = f"error: {error.filename or 'output'}: {error.strerror or error}; {hint()}"
+        elif getattr(error, 'name', None) in ('matplotlib', 'scipy', 'tiktoken', 'torchvision'):
+            line = f'error: this needs {error.name}: pip install {error.name}'
+        elif re.search("out of memory|can't allocate memory|^$", str(error)):
+            line = 'error: out of memory; try a smaller --batch-size'
+        elif re.search('compiler|Triton', str(error)) and not isinstance(error, ValueError):
+            line = 'error: --compile finds no compiler here; leave it out'
+        elif not isinstance(error, ValueError):
             raise
-        line = f'error: this needs {error.name}: pip install {error.name}'
-    except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|can't allocate memory|^$", str(error)):
-            raise
-        line = 'error: out of memory; try a smaller --batch-size'
     print(' '.join(line.split())[:600], file=sys.stderr)
     sys.exit(code)
 
 
 # ---- one run ----
 
-# quick: a minute a run on two cores. paper: its appendix, with crops and mirrors instead of TrivialAugment.
-PRESETS: Presets = {
-    'quick': {
-        'resnet20': dict(data='cifar10_16', steps=800, batch_size=64, optimizer='sgd', lr=0.1, lr_end=0.0,
-                         warmup=0.05, weight_decay=5e-4),
-        'vit_tiny': dict(data='cifar10_16', steps=300, batch_size=16, lr=5e-4, lr_end=0.0, warmup=0.1,
-                         weight_decay=0.05),
-        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, context=64, lr=3e-3, lr_end=0.1,
-                        warmup=0.1, weight_decay=0.1),
-        'toy': dict(data='cifar10_16', steps=2000, batch_size=64, lr=1e-3, lr_end=0.1),
-    },
-    'paper': {
-        'resnet20': dict(data='cifar10', steps=78_000, batch_size=128, optimizer='sgd', lr=0.1,
-                         lr_milestones=(0.5, 0.75), grad_clip=0.0),
-        'vit_tiny': dict(data='cifar10', steps=48_500, batch_size=512, lr_end=0.0, weight_decay=0.0,
-                         grad_clip=0.0),
-        'minigpt': dict(data='tinystories', steps=10_000, batch_size=64, accumulate=10, context=256,
-                        tokens='gpt2', lr_end=0.1, warmup=0.01, weight_decay=0.1, dropout=0.2),
-        'toy': dict(data='cifar10', steps=20_000, batch_size=128, lr_end=0.1),
-    },
-}
-
-
-class Candidate(NamedTuple):
-    """activation: None for the network's own calls. searched: 'model/data' of its search, or ''."""
-    name: str
-    activation: Optional[Activation]
-    searched: str = ''
-
-
 @functools.lru_cache
 def space_of(ops: str = 'base') -> Space:
     return Space(ops)
 
 
-def resolve(text: str) -> Candidate:
+def random_function(space: Space, seed: int) -> Tree:
+    """The control that a search has to beat: any two distinct functions with any true join, but no line."""
+    joins = [k for k, op in enumerate(space.binary) if op.code not in ('a', 'b')]
+    sizes, draw = (len(space.rows.ops), len(space.first.ops), len(joins)), torch.Generator().manual_seed(seed)
+    for _ in range(1000 * bool(joins)):
+        i, j, k = (int(torch.randint(size, (1,), generator=draw)) for size in sizes)
+        tree = space.tree([*space.rows.ops[i], *space.first.ops[j], joins[k]])
+        if nonlinearity(lambda x: values(tree, x, space.clip)) > 0.01:  # of a constant: nan
+            return tree
+    raise ValueError('these operations make nothing but constants and straight lines')
+
+
+def resolve(text: str) -> tuple[str, Activation]:
     """A run folder, a known name, an expression, or random_0, random_1 ... from the search space."""
     if text not in NAMED and (os.path.isdir(text) or text.endswith('.json')):
         path = Path(text, 'activation.json') if os.path.isdir(text) else Path(text)
         try:
             run = json.loads(path.read_bytes())
-            activation = Activation(run['expression'], run['config']['clip'])
-            searched = f"{Path(run['model']).name}/{run['data']}"
-            return Candidate(path.absolute().parent.name, activation, searched)
+            return path.absolute().parent.name, Activation(run['expression'], run['config']['clip'])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path} is not the result of a finished search ({error!r})') from None
     if match := re.fullmatch(r'random_(\d{1,9})', text):
-        draw = torch.Generator().manual_seed(int(match[1]))
-        return Candidate(text, Activation(space_of().random_function(draw)))
-    return Candidate(text.replace(' ', ''), named(text))
+        return text, Activation(random_function(space_of(), int(match[1])))
+    return text.replace(' ', ''), named(text)
 
 
-def settings_of(config: Training, dataset: data.Dataset) -> dict[str, Any]:
-    """What makes runs comparable: settings, but for folders and machine; checksums of network and data."""
-    settings = dataclasses.asdict(config)
-    for name in ('data_dir', 'out', 'device'):
-        del settings[name]
-    return settings | {'model': Path(config.model).name, 'lr_milestones': list(config.lr_milestones),
-                       'source': source_digest(config.model), 'digest': dataset.digest}
-
-
-def run_key(candidate: Candidate, settings: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What makes two runs the same run. The name does not count, nor a clip bound that nowhere acts."""
-    f = candidate.activation
-    clip = f.clip if f and 'clip(' in f.formula else None
-    return {'expression': f.expression if f else 'own', 'clip': clip, 'seed': seed, 'settings': settings}
-
-
-def retrain(candidate: Candidate, config: Training, dataset: data.Dataset, seed: int) -> dict[str, Any]:
-    """Train the network from scratch with this activation and test it once; a row of the ledger, but its key.
+def retrain(activation: Optional[Activation], config: Training, dataset: data.Dataset,
+            seed: int) -> dict[str, Any]:
+    """Train the network from scratch with this activation (None: its own) and test it once; results for a row.
 
     One module stands at all sites: the result is one function, its scalars too. It draws no random numbers:
     the initial weights are the same for all activations of a seed.
     """
-    module = copy.deepcopy(candidate.activation)
+    module = copy.deepcopy(activation)
     seed_everything(seed)
     model = network(config, lambda call=None: module or call, dataset).to(config.device)
     batches = data.Batches(dataset, data.whole(dataset), config.batch_size, seed, True, config.context,
@@ -367,37 +389,46 @@ def retrain(candidate: Candidate, config: Training, dataset: data.Dataset, seed:
     # a network that knows nothing scores log(classes); a loss ten times as high is no result either
     if diverged := not result.get('loss', math.inf) <= 10 * math.log(dataset.classes):
         result, curve = {}, curve[:-1]
-    return {'name': candidate.name, 'searched': candidate.searched, 'diverged': diverged,
-            'test_loss': result.get('loss'), 'test_accuracy': result.get('accuracy'),
+    return {'diverged': diverged, 'test_loss': result.get('loss'), 'test_accuracy': result.get('accuracy'),
             'train_loss': None if diverged else curve[-1][1], 'curve': curve, 'seconds': round(seconds, 1),
             'ms_step': round(1e3 * seconds / config.steps, 2), 'device': config.device,
             'threads': torch.get_num_threads(), 'torch': torch.__version__}
 
 
-def evaluate(candidates: Iterable[Candidate], config: Training, seeds: range) -> list[dict[str, Any]]:
-    """Train what the ledger lacks, seed by seed; the rows of this comparison."""
+def evaluate(activations: dict[str, Optional[Activation]], config: Training,
+             seeds: Iterable[int]) -> list[dict[str, Any]]:
+    """Train what the ledger lacks, seed by seed; the rows of this comparison.
+
+    A run is known by expression, clip bound (where it acts), seed and settings: all of them but folders and
+    machine, and checksums of network and data. Its name does not count.
+    """
     dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
-    ledger, rows, settings = Path(config.out), [], settings_of(config, dataset)
-    todo = [(seed, c) for seed in seeds for c in candidates]
-    fields = ('expression', 'clip', 'seed', 'settings')
-    done = {json.dumps([row[f] for f in fields], sort_keys=True): row for row in read_ledger(ledger)}
+    settings = {**vars(config), 'model': Path(config.model).name, 'lr_milestones': list(config.lr_milestones),
+                'source': source_digest(config.model), 'digest': dataset.digest}
+    settings = {name: value for name, value in settings.items() if name not in ('data_dir', 'out', 'device')}
+
+    def identity(row: dict[str, Any]) -> str:
+        return json.dumps([row[key] for key in ('expression', 'clip', 'seed', 'settings')], sort_keys=True)
+    ledger, rows, todo = Path(config.out), [], [(seed, name) for seed in seeds for name in activations]
+    done = {identity(row): row for row in read_ledger(ledger)}
     if ledger.exists() and ledger.stat().st_size and not done:
         raise ValueError(f'--out {ledger} is a file of another kind; choose another ledger')
     ledger.parent.mkdir(parents=True, exist_ok=True)
     open(ledger, 'ab').close()  # better to know now than after the first training
-    for seed, c in todo:
-        key = run_key(c, settings, seed)
-        word = json.dumps([key[f] for f in fields], sort_keys=True)
-        if word not in done:
-            done[word] = retrain(c, config, dataset, seed) | key
-            append(ledger, done[word])
-        row = done[word] | {'name': c.name, 'searched': c.searched}
-        rows.append(row)
-        left = (len(todo) - len(rows)) * row['seconds'] / 60
+    for seed, name in todo:
+        f = activations[name]
+        row = {'name': name, 'expression': f.expression if f else 'own', 'seed': seed, 'settings': settings,
+               'clip': f.clip if f and 'clip(' in f.formula else None}
+        if identity(row) not in done:
+            done[identity(row)] = retrain(f, config, dataset, seed) | row
+            if not (dist.is_initialized() and dist.get_rank()):
+                append(ledger, done[identity(row)])
+        rows.append(done[identity(row)] | {'name': name})
+        left = (len(todo) - len(rows)) * rows[-1]['seconds'] / 60
         result = 'diverged'
-        if not row['diverged']:
-            result = f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f}"
-        print(f'seed {seed}  {c.name[:50]:50s}  {result}  {left:.0f} min left', flush=True)
+        if not rows[-1]['diverged']:
+            result = f"test loss {rows[-1]['test_loss']:.4f}, accuracy {rows[-1]['test_accuracy']:.4f}"
+        print(f'seed {seed}  {name[:50]:50s}  {result}  {left:.0f} min left', flush=True)
     return rows
 
 
@@ -421,13 +452,6 @@ def card(f: Activation) -> str:
                       f'slope            {slope.min():.4g} to {slope.max():.4g}',
                       f'under N(0, 1)    mean {(p * y).sum():.4g}, second moment {(p * y * y).sum():.4g}',
                       f'a million inputs {mine:.2f} ms, {mine / relu:.1f} x relu'])
-
-
-def nearest(f: Activation, ops: str) -> str:
-    """The formulas of a search space that come closest to a function, each better than all shorter ones."""
-    lines = [f'{match.length:6d}  {100 * match.score:9.3f} %  {Activation(match.tree).formula}'
-             for match in space_of(ops).nearest(f) if match.front]
-    return '\n'.join(['length   distance  formula', *lines])
 
 
 def seeds_of(text: str) -> range:
@@ -455,27 +479,30 @@ def main(arguments: Optional[list[str]] = None) -> None:
     with one_line_errors(lambda: 'the same command goes on where it was'):
         given = vars(parser.parse_args(arguments))
         if given['card']:
-            print(card(resolve(given['card']).activation))
-        elif given['nearest']:
-            print(nearest(resolve(given['nearest']).activation, given['ops']))
+            print(card(resolve(given['card'])[1]))
+            return
+        if given['nearest']:
+            print('length   distance  formula, each better than all shorter ones')
+            for match in space_of(given['ops']).nearest(resolve(given['nearest'])[1].double())[0]:
+                print(f'{match.length:6d}  {100 * match.score:9.3f} %  {Activation(match.tree).formula}')
+            return
+        if given['report']:
+            rows = [row for path in given['report'] for row in read_ledger(Path(path))]
+            if not rows:
+                raise ValueError(f"no runs in {', '.join(given['report'])}: give the file of --out")
         else:
-            if given['report']:
-                rows = [row for path in given['report'] for row in read_ledger(Path(path))]
-                if not rows:
-                    raise ValueError(f"no runs in {', '.join(given['report'])}: give the file of --out")
-            else:
-                config = configure(Training, PRESETS, given)
-                names = [name for name in given['baselines'].split(',') if name != 'none']
-                names = [*given['activations'], *names, *(f'random_{k}' for k in range(given['random']))]
-                standard = Candidate('own', None) if ':' in config.model else resolve(STANDARD[config.model])
-                candidates = {}
-                for c in [standard, *map(resolve, names)]:
-                    if str(candidates.setdefault(c.name, c).activation) != str(c.activation):
-                        raise ValueError(f'two functions are called {c.name}: rename one of the run folders')
-                rows = evaluate(candidates.values(), config, given['seeds'])
-            print('\n' + report(rows))
-            if given['plot']:
-                print(comparison(rows, Path(given['plot'])))
+            config = configure(Training, PRESETS, given)
+            names = [name for name in given['baselines'].split(',') if name != 'none']
+            names = [*given['activations'], *names, *(f'random_{k}' for k in range(given['random']))]
+            own = ':' in config.model
+            activations = {'own': None} if own else dict([resolve(STANDARD[config.model])])
+            for name, f in map(resolve, names):
+                if str(activations.setdefault(name, f)) != str(f):
+                    raise ValueError(f'two functions are called {name}: rename one of the run folders')
+            rows = evaluate(activations, config, given['seeds'])
+        print('\n' + report(rows))
+        if given['plot']:
+            print(comparison(rows, Path(given['plot'])))
 
 
 if __name__ == '__main__':

@@ -6,28 +6,24 @@
 """
 import functools
 import hashlib
-import importlib
 import inspect
-import random
 import re
 import runpy
 import sys
 import traceback
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterable, Iterator
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ops import check_choice, did_you_mean
 
@@ -70,8 +66,7 @@ class ResNet(nn.Sequential):
 
 class TransformerBlock(nn.Module):
     """Attention, then a perceptron of four times the width, each after a layer norm. (n, tokens, width)."""
-    def __init__(self, activation: Make, width: int, heads: int, causal: bool, dropout: float = 0.0,
-                 bias: bool = True):
+    def __init__(self, activation: Make, width: int, heads: int, causal: bool, dropout=0.0, bias=True):
         super().__init__()
         self.heads, self.causal, self.dropout = heads, causal, dropout
         self.norm1 = nn.LayerNorm(width)
@@ -98,7 +93,7 @@ class ViT(nn.Module):
     def __init__(self, activation: Make, width: int = 192, heads: int = 3, classes: int = 10,
                  channels: int = 3, side: int = 32, patch: int = 4):
         super().__init__()
-        if side < patch or side % patch:
+        if side % patch:
             raise ValueError(f'images of side {side} cannot be cut into patches of {patch}; use a multiple')
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
@@ -217,37 +212,27 @@ def teacher_and_student(planted: Make, searched: Make, inputs: int = 16, hidden:
 ACTIVATIONS = ('relu', 'relu6', 'hardtanh', 'gelu', 'silu', 'leaky_relu', 'elu', 'selu', 'celu', 'hardswish',
                'mish', 'softplus', 'softsign', 'threshold', 'hardshrink', 'softshrink', 'tanhshrink')
 GATES = ('sigmoid', 'tanh', 'hardsigmoid', 'clamp', 'clamp_min')    # sites only where `only` names them
-KNOWN = re.compile('|'.join(ACTIVATIONS + GATES) + '|[pr]relu|glu|log_sigmoid|(log_)?softmax'
-                   '|(lstm|gru|rnn_tanh|rnn_relu)(_cell)?')    # the others of these are always left alone
-RECOMPUTED = 'torch.utils.checkpoint calls activations again in backward, out of reach: switch it off'
-FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')
+OTHERS = ('prelu', 'rrelu', 'glu', 'softmax', 'lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'rnn_relu_cell')
+KNOWN = {*ACTIVATIONS, *GATES, *OTHERS}
+FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')    # with something else
 
 
-@functools.cache
-def named(function: Callable) -> tuple[str, bool]:
-    """('relu', False) for F.relu, torch.relu, Tensor.relu; True for relu_; '' for what has no activation."""
-    raw = getattr(function, '__name__', '').split('.')[0]
-    name = raw.strip('_')
-    return (name if KNOWN.fullmatch(name) or FUSED.match(name) else ''), raw.endswith('_')
+def counted(names: Iterable[str]) -> str:
+    return ', '.join(f'{count} {name}' for name, count in Counter(names).most_common())
 
 
-def counted(names: Counter) -> str:
-    return ', '.join(f'{count} {name}' for name, count in names.most_common() if count) or 'nothing'
-
-
-class Function(nn.Module):
-    """A function of one tensor as a module."""
-    def __init__(self, function: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.forward = function
+class Kernels(TorchDispatchMode):
+    """Hands kernels to the `Catch`: an activation that came by no call (torch.jit, C++) is out of reach."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
 
 
 class Catch(TorchFunctionMode):
     """One forward pass of a `Replaced`: every activation call goes to its site, known by the modules around
     it and the number of calls before it there: so a pass may skip a block, or take a new branch."""
-    def __init__(self, owner: 'Replaced', record: Optional['Record'] = None):
+    def __init__(self, owner: 'Replaced', recording: bool):
         super().__init__()
-        self.owner, self.record, self.path, self.count = owner, record, [], Counter()
+        self.owner, self.recording, self.path, self.count = owner, recording, [], Counter()
 
     def enter(self, module: nn.Module, _: Any) -> None:    # the name of one made in `forward` is its class
         self.path.append(self.owner.names.get(module, type(module).__name__))
@@ -256,138 +241,113 @@ class Catch(TorchFunctionMode):
         self.path.pop()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        name, in_place = named(function)
-        owner, record, kwargs = self.owner, self.record, dict(kwargs or {})
-        fused = name and not KNOWN.fullmatch(name)
-        if not name or fused or '.' in function.__name__:    # with a dot: a kernel, from a Record
-            if record and (fused or name in owner.kinds):
-                record.hidden[f"{name} in {''.join(self.path[-1:]) or 'the network'}"] += 1
+        owner, kwargs = self.owner, dict(kwargs or {})
+        raw = getattr(function, '__name__', '').split('.')[0]    # 'relu', 'relu_', '_threshold'
+        name, in_place = raw.strip('_'), raw.endswith('_') or kwargs.get('inplace', False)
+        if name not in KNOWN or isinstance(function, torch._ops.OpOverload):    # an overload: from Kernels
+            if self.recording and (name in owner.kinds or name not in KNOWN and FUSED.match(name)):
+                owner.hidden.append(name)
             return function(*args, **kwargs)
-        x, *rest = args or [kwargs.pop('input')]
-        if name == 'hardtanh' and (0, 6) in (tuple(rest[:2]), (kwargs.get('min_val'), kwargs.get('max_val'))):
-            name = 'relu6'       # nn.ReLU6 arrives like this
+        if name == 'hardtanh' and (kwargs.get('min_val'), kwargs.get('max_val')) == (0, 6):
+            name = 'relu6'    # nn.ReLU6 arrives like this
         place = (*self.path, name)
         key = (*place, self.count[place])
         self.count[place] += 1
+        x, *rest = args or [kwargs.pop('input')]
         taken = name in owner.kinds and x.is_floating_point()
-        if record and taken and owner.model.training and not torch.is_grad_enabled():
-            owner.alone.add(key)    # a frozen part, or the inside of a torch.autograd.Function
-        if not taken or key in owner.alone:
-            owner.left[name + ' without gradient' * taken] += bool(record and owner.model.training)
+        frozen = owner.model.training and not torch.is_grad_enabled()    # or inside a torch.autograd.Function
+        if self.recording and (frozen or not taken):
+            owner.left.setdefault(key, name + ' without gradient' * taken)
+        if not taken or key in owner.left:
             return function(x, *rest, **kwargs)
         # subtle: in place, but on a copy, where the gradient of ELU would differ in the last bit
-        copied = in_place or kwargs.get('inplace', False) and name in ('elu', 'selu', 'celu')
-        in_place = in_place or kwargs.get('inplace', False)
-        kwargs |= {'inplace': False} if in_place and not copied else {}
-        if in_place and key not in owner.index and not record:
-            owner.written.add(key)
-        site = owner.site(key, lambda v: function(v.clone() if copied else v, *rest, **kwargs))
-        if key in owner.written:
-            return x.copy_(site(x.clone()))
-        y = site(x)
-        if record and in_place:     # x is kept, lest another tensor gets its address
-            record.overwritten[x.untyped_storage().data_ptr()] = key, x
-        return y
-
-
-class Record(TorchDispatchMode):
-    """Sees all kernels while the calls are recorded, and hands them to the `Catch`: an activation that came
-    by no call (torch.jit, C++) is out of reach. Where a kernel reads again what a call in place should have
-    changed, the site of that call has to change it, too."""
-    supports_higher_order_operators = True
-
-    def __init__(self, owner: 'Replaced'):
-        super().__init__()
-        self.owner, self.overwritten, self.hidden = owner, {}, Counter()
-
-    def read(self, values: Any) -> None:
-        for x in tree_leaves(values):
-            if isinstance(x, Tensor) and x.layout == torch.strided:
-                key, _ = self.overwritten.get(x.untyped_storage().data_ptr(), (None, None))
-                self.owner.written.update([key] if key else [])
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.read((args, kwargs))
-        return function(*args, **(kwargs or {}))
+        copied = in_place and (raw.endswith('_') or name in ('elu', 'selu', 'celu'))
+        if in_place and not copied:
+            kwargs['inplace'] = False
+        call = lambda v: function(v.clone() if copied else v, *rest, **kwargs)
+        if self.recording:
+            owner.calls.setdefault(key, call)
+            y = call(x)
+            if in_place:
+                x.detach().fill_(torch.nan)    # does anything read it again? see `probe`
+            return y
+        site = owner.site(key, call)
+        return x.copy_(site(x.clone())) if in_place and owner.reread else site(x)
 
 
 class Replaced(nn.Module):
     """Any network, untouched, with a site in the place of every activation that it calls, module or function.
-
     make:    takes the original call, a function of one tensor, and returns the module or function of its site
     example: an input, or a tuple of them; the calls are recorded with it, in training and in eval mode
     only:    names of activations, with commas between; the others are left alone
-    Raises ValueError when there is no such activation, or one that is out of reach.
-    """
-    def __init__(self, model: nn.Module, make: Callable, example: Any, only: Optional[str] = None):
+    Raises ValueError when there is no such activation, or one that is out of reach."""
+    def __init__(self, model: nn.Module, make: Callable, example: Any, only: str | None = None):
         super().__init__()
         self.kinds = [name.strip() for name in only.split(',')] if only else ACTIVATIONS
         for name in self.kinds:
             check_choice('activation in only', name, ACTIVATIONS + GATES)
-        self.model, self.make, self.sites, self.left = model, Function, nn.ModuleList(), Counter()
-        self.index, self.alone, self.written = {}, set(), set()    # by the key of a call, see Catch
+        self.model, self.make, self.sites, self.index = model, make, nn.ModuleList(), {}
         self.names = {m: name for name, m in model.named_modules()}
-        record, args = Record(self), example if isinstance(example, tuple) else (example,)
-        self.outputs = [self.probe(training, record, args) for training in (True, False)]
-        if record.hidden or any(isinstance(m, nn.DataParallel) and m.device_ids[1:] for m in self.names):
-            raise ValueError(f'activations in torch.jit, nn.DataParallel or fused operations, out of reach: '
-                             f'{counted(record.hidden)}; give the network without it')
-        if not self.sites:
+        self.calls, self.left, self.hidden, self.reread = {}, {}, [], False    # what `probe` finds
+        args, modes = example if isinstance(example, tuple) else (example,), [m.training for m in self.names]
+        self.outputs = [self.probe(training, args) for training in (True, False)]
+        for m, mode in zip(self.names, modes):
+            m.training = mode
+        if self.hidden:
+            raise ValueError(f'in torch.jit or a fused operation, out of reach: {counted(self.hidden)}')
+        if not self.calls:
             raise ValueError(f"the network calls no activation to replace ({self.describe()}); name one of "
                              f"{', '.join(GATES)} with only to replace it")
-        calls, self.make, self.index, self.sites = zip(self.index, self.sites), make, {}, nn.ModuleList()
-        for key, recorded in calls:
-            self.site(key, recorded.forward)
+        for key, call in self.calls.items():
+            self.site(key, call)
 
     def site(self, key: tuple, call: Callable[[Tensor], Tensor]) -> nn.Module:
         """The site of that call, made when it is new."""
         if key not in self.index:
             site, device = self.make(call), next((p.device for p in self.model.parameters()), None)
-            site = site if isinstance(site, nn.Module) else Function(site)
+            if not isinstance(site, nn.Module):
+                function, site = site, nn.Module()
+                site.forward = function
             self.index[key] = len(self.sites)
             self.sites.append(site.to(device).train(self.training))
         return self.sites[self.index[key]]
 
-    def probe(self, training: bool, record: Record, args: tuple) -> tuple[int, ...] | str:
-        """The shape or type of the network's output. No trace is left in it and in the random numbers."""
-        ready = [m for m in self.names if not hasattr(m, 'cls_to_become')]    # lazy modules take their shape
-        attributes = {m: dict(vars(m)) for m in ready}
-        buffers = {key: b.clone() for key, b in self.model.named_buffers() if not is_lazy(b)}
+    def probe(self, training: bool, args: tuple) -> tuple[int, ...] | str:
+        """Record the calls. Returns the shape or type of the output. Buffers and random numbers stay."""
+        buffers = {key: b.clone() for key, b in self.model.named_buffers()}
+        inputs = tree_map_only(Tensor, Tensor.clone, args)
         cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
-        python, numpy = random.getstate(), np.random.get_state()
-        try:
-            with (torch.random.fork_rng(cuda), torch.set_grad_enabled(training), record,
-                  torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTED)):
-                self.model.train(training)
-                output = self.run(Catch(self, record), torch.func.functional_call, self.model, buffers, args)
-                record.read(output)
-                return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            for m, old in attributes.items():
-                vars(m).clear()
-                vars(m).update(old)
+        once = torch.autograd.graph.disable_saved_tensors_hooks(    # in backward nobody catches it
+            'torch.utils.checkpoint calls activations twice, out of reach: switch it off')
+        with (torch.random.fork_rng(cuda), torch.set_grad_enabled(training), once, Kernels(),
+              self.caught(recording=True)):
+            output = torch.func.functional_call(self.model.train(training), buffers, inputs)
+        # it takes time to write the result of a call in place into its input: only if that reaches the output
+        self.reread |= any(bool(y.isnan().any()) for y in tree_leaves(output) if isinstance(y, Tensor))
+        return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
-    def run(self, catch: Catch, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """function(*args) with its calls caught. Meanwhile torch.compile does nothing, and PyTorch leaves the
-        fast path of its attention layers, which has an activation of its own, by itself."""
+    @contextmanager
+    def caught(self, recording: bool = False) -> Iterator[None]:
+        """Catches all calls. Meanwhile torch.compile does nothing, and PyTorch leaves the fast path of its
+        attention layers, which has an activation of its own, by itself."""
+        catch = Catch(self, recording)
         with ExitStack() as stack:
             stack.callback(register_module_forward_pre_hook(catch.enter).remove)
             stack.callback(register_module_forward_hook(catch.leave, always_call=True).remove)
             if 'torch._dynamo' in sys.modules:
                 stack.enter_context(torch.compiler.set_stance('force_eager'))
             stack.enter_context(catch)
-            return function(*args, **kwargs)
+            yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(Catch(self), self.model, *args, **kwargs)
+        with self.caught():
+            return self.model(*args, **kwargs)
 
     def describe(self) -> str:
         """'35 sites: 19 hardswish, 16 relu; left alone: 9 hardsigmoid'."""
-        n, names = len(self.sites), Counter(name for *_, name, _ in self.index)
-        left = f'; left alone: {counted(self.left)}' if any(self.left.values()) else ''
-        return f"{n} site{'s' * (n != 1)}: {counted(names)}{left}"
+        n = len(self.sites)
+        left = f'; left alone: {counted(self.left.values())}' if self.left else ''
+        return f"{n} site{'s' * (n != 1)}: {counted(key[-2] for key in self.index)}{left}"
 
 
 replaced = Replaced
@@ -397,33 +357,28 @@ replaced = Replaced
 
 def own_network(model: str) -> tuple[nn.Module, str]:
     """What 'path/to/file.py:function' returns, and a checksum of that file and those beside it that it uses.
-
-    The file is run: it is the user's own code. A file beside it comes before ours of the same name.
-    """
+    The file is run: it is the user's own code. A file beside it comes before ours of the same name."""
     place, _, name = model.rpartition(':')
     file, here = Path(place).expanduser().resolve(), Path(__file__).resolve().parent
     if not place.endswith('.py') or not file.is_file():
         raise ValueError(f'--model {model}: no such file; write path/to/file.py:function')
-    folder = file.parent
-    beside = {p.stem for p in folder.iterdir() if p.is_dir() or p.suffix == '.py'}
-    modules, path, bytecode, sources = dict(sys.modules), list(sys.path), sys.dont_write_bytecode, {str(file)}
-    for key in beside & {p.stem for p in here.glob('*.py') if here != folder}:
+    beside = {p.stem for p in file.parent.iterdir() if p.is_dir() or p.suffix == '.py'}
+    modules, path, sources = dict(sys.modules), list(sys.path), {str(file)}
+    for key in beside & {p.stem for p in here.glob('*.py')}:
         sys.modules.pop(key, None)
-    sys.path[:] = [str(folder), *(p for p in path if Path(p).resolve() != here)]
-    sys.dont_write_bytecode = True    # else a second change within a second would be overlooked
-    importlib.invalidate_caches()
+    sys.path[:] = [str(file.parent), *(p for p in path if Path(p).resolve() != here)]
     try:
         functions = runpy.run_path(str(file))
         if not callable(functions.get(name)):
             raise ValueError(f"there is no function '{name}' in it{did_you_mean(name, functions)}")
         network = functions[name]()
     finally:
-        sys.path[:], sys.dont_write_bytecode = path, bytecode
+        sys.path[:] = path
         for key, module in list(sys.modules.items()):
             if key.split('.')[0] in beside and modules.get(key) is not module:    # to be read anew next time
-                sources.add(getattr(sys.modules.pop(key), '__file__', None))
+                sources.add(getattr(sys.modules.pop(key), '__file__', None) or str(file))
         sys.modules.update(modules)
-    text = b''.join(Path(source).read_bytes() for source in sorted(filter(None, sources)))
+    text = b''.join(Path(source).read_bytes() for source in sorted(sources))
     return network, hashlib.sha256(text).hexdigest()[:8]
 
 
@@ -443,20 +398,17 @@ def torchvision_network(model: str, dataset: Any) -> nn.Module:
         raise ValueError('torchvision is missing, or not for this torch; pip install torchvision') from None
     name = model.removeprefix('torchvision:')
     check_choice('network of torchvision', name, models.list_models(module=models))
-    say_once(f'note: {name} is made for 224 pixels; its strides leave little of {dataset.side}',
-             file=sys.stderr)
+    say_once(f'note: {name} is made for 224 pixels; it leaves little of {dataset.side}', file=sys.stderr)
     shape = dict(image_size=dataset.side) if name.startswith('vit_') else {}
-    if name in ('googlenet', 'inception_v3'):
+    if name == 'googlenet':
         shape = dict(aux_logits=False, init_weights=True)
     return models.get_model(name, weights=None, num_classes=dataset.classes, **shape)
 
 
 def network(config: Any, make: Make, dataset: Any) -> nn.Module:
     """The network of config.model in the shape of the data set (kind, classes, channels, side, train, name).
-
-    Ours, by name, has sites made by make(). 'file.py:function' and 'torchvision:name' go through `replaced`,
-    with make(call) and config.only. Raises ValueError when it does not go with the data.
-    """
+    Ours have sites made by make(); 'file.py:function' and 'torchvision:name' go through `replaced`, with
+    make(call) and config.only. Raises ValueError, one line, also for errors in the user's file."""
     model, only, text = config.model, getattr(config, 'only', None), dataset.kind == 'text'
     what = f'--model {model} with --data {dataset.name}'
     if model in MODELS:
@@ -469,7 +421,10 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
         shape |= dict(vocabulary=n) if text else dict(
             classes=n, outputs=n, channels=dataset.channels, side=dataset.side,
             inputs=dataset.channels * dataset.side ** 2)
-        return build(model, make, **{key: value for key, value in shape.items() if key in takes})
+        ours = build(model, make, **{key: value for key, value in shape.items() if key in takes})
+        if config.compile:
+            ours.compile()
+        return ours
     own = '.py' in model
     if not own and not model.startswith('torchvision:'):
         check_choice('model', model, [*MODELS, 'torchvision:NAME', 'FILE.py:FUNCTION'])
@@ -481,10 +436,10 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
             if got != wanted:
                 raise ValueError(f'given {tuple(x.shape)}, it returns {got} in {mode} mode; wanted: {wanted}')
     except (Exception, SystemExit) as error:
-        lines = [f'{Path(f.filename).name}, line {f.lineno}, '
-                 for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__
-                 and not re.search('<|lib.python|site-packages', f.filename)]    # of the user's code
+        users = [f'{Path(f.filename).name}, line {f.lineno}, '
+                 for f in traceback.extract_tb(error.__traceback__)
+                 if f.filename != __file__ and not re.search('<|lib.python|site-packages', f.filename)]
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
         text = (str(error).splitlines() or [''])[0]
-        raise ValueError(f"{what}: {''.join(lines[-1:])}{kind}{text}") from error
+        raise ValueError(f"{what}: {''.join(users[-1:])}{kind}{text}") from error
     return other

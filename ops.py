@@ -8,7 +8,7 @@ TO ADD AN OPERATION, add one line to UNARY or BINARY (or to an optional set), an
     Op('softsign', 'F.softsign(a)', 'softsign(a)'),
 """
 import difflib
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Iterable, Optional
 
 import torch
@@ -20,24 +20,20 @@ CLIP = 10.0  # the paper's bound l on the output of operations that grow faster 
 
 @dataclass(frozen=True)
 class Op:
-    """One elementary operation.
-
-    name:    as written in an expression, such as 'tanh'
-    code:    Python source in a and b (inputs) and p (learnable scalar): what is run and what an export holds
-    formula: the same as mathematics, a Python expression in a, b and p
-    scalar:  first value of the learnable scalar (the paper's beta or gamma); None: the operation has none
-    clips:   unbounded beyond linear, so that the output is clipped at l
-    """
-    name: str
-    code: str
-    formula: str
-    scalar: Optional[float] = None
-    clips: bool = False
+    """One elementary operation; a and b are its inputs, p is its learnable scalar."""
+    name: str                       # as written in an expression, such as 'tanh'
+    code: str                       # Python source in a, b and p: what is run and what an export holds
+    formula: str                    # the same as mathematics, a Python expression
+    scalar: Optional[float] = None  # first value of p (the paper's beta or gamma); None: there is no p
+    clips: bool = False             # it grows faster than linearly, so its output is clipped at l
 
     def __post_init__(self) -> None:
         # our own text, compiled once, as collections.namedtuple does; text from outside is never evaluated
         function = eval(f'lambda a, b=None, p=None: {self.code}', {'torch': torch, 'F': F})
         object.__setattr__(self, 'function', function)
+
+    def __reduce__(self) -> tuple:
+        return Op, astuple(self)  # pickle stores no functions: another process compiles the text again
 
     def __call__(self, a: Tensor, b: Optional[Tensor] = None, p: Optional[Tensor] = None,
                  clip: Optional[float] = CLIP) -> Tensor:
@@ -105,14 +101,11 @@ SWISH = ((
     Op('rbf', 'torch.exp(-torch.square(a - b))', 'exp(-(a - b) ** 2)'),
 ))
 
-COMPOSITES = ('silu', 'gelu', 'elu', 'leaky_relu')  # known activations: can the search build them by itself?
+# Without the known activations: can the search build them by itself?
+SIMPLE = tuple(op for op in UNARY if op.name not in ('silu', 'gelu', 'elu', 'leaky_relu'))
 
 SETS: dict[str, tuple[tuple[Op, ...], tuple[Op, ...]]] = {
-    'base': (UNARY, BINARY),
-    'periodic': PERIODIC,
-    'swish': SWISH,
-    'no-composites': (tuple(op for op in UNARY if op.name not in COMPOSITES), BINARY),
-}
+    'base': (UNARY, BINARY), 'periodic': PERIODIC, 'swish': SWISH, 'no-composites': (SIMPLE, BINARY)}
 
 ALL: dict[str, Op] = {op.name: op for unary, binary in SETS.values() for op in unary + binary}
 BINARY_NAMES = {op.name for _, binary in SETS.values() for op in binary}
@@ -139,9 +132,8 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
 def select(text: str = 'base') -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     """The unary and binary operations that `text` names, each once, in the order of ALL.
 
-    text: sets and operations with commas between: 'base', 'base,periodic', 'no-composites', 'base,-sinh' (a
-        minus takes one out), or a list of operations such as 'identity,relu,tanh,add,mul'.
-    Raises ValueError for an unknown name, and when no unary or no binary operation is left.
+    text: sets and operations with commas between, such as 'base,periodic', 'base,-sinh' (a minus takes one
+        out) or 'identity,relu,tanh,add,mul'. Raises ValueError for an unknown name or a kind left empty.
     """
     chosen: set[str] = set()
     for word in filter(None, (w.strip() for w in text.split(','))):
@@ -152,6 +144,6 @@ def select(text: str = 'base') -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     unary = tuple(op for op in ALL.values() if op.name in chosen and op.name not in BINARY_NAMES)
     binary = tuple(op for op in ALL.values() if op.name in chosen and op.name in BINARY_NAMES)
     if not unary or not binary:
-        raise ValueError(f"--ops '{text}' leaves no {'binary' if unary else 'unary'} operation; "
-                         f"a cell needs at least one of each kind, such as --ops base")
+        raise ValueError(f"--ops '{text}' leaves no {'binary' if unary else 'unary'} operation, "
+                         f'and a cell needs both kinds')
     return unary, binary

@@ -15,10 +15,8 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # for all eyes
 STYLES = ('-', '--', '-.', ':')
 
-
 def compare(values: dict[int, float], reference: dict[int, float]) -> tuple[int, float, float]:
-    """Paired differences of a metric by seed, over the seeds of both: how many, their mean, and half of its
-    95 % interval (infinite for one seed)."""
+    """How many seeds both have, the mean of their differences, half of its 95 % interval (inf for one)."""
     d = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
     if len(d) < 2:
         return len(d), d[0] if d else math.nan, math.inf
@@ -26,14 +24,10 @@ def compare(values: dict[int, float], reference: dict[int, float]) -> tuple[int,
     t = T95[k - 1] if k <= len(T95) else 1.96 + 2.37 / k + 2.9 / k ** 2  # within 0.002
     return len(d), statistics.fmean(d), t * statistics.stdev(d) / math.sqrt(len(d))
 
-
 def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
     """The rows by name and seed."""
-    groups: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row['name'], {})[row['seed']] = row
-    return groups
-
+    names = dict.fromkeys(row['name'] for row in rows)
+    return {name: {row['seed']: row for row in rows if row['name'] == name} for name in names}
 
 def table(rows: list[dict[str, Any]], reference: str, metric: str) -> str:
     """The table of comparable rows, the best first, as text that is also Markdown."""
@@ -42,12 +36,11 @@ def table(rows: list[dict[str, Any]], reference: str, metric: str) -> str:
 
     def column(name: str, key: str) -> dict[int, float]:
         return {seed: row[key] for seed, row in groups.get(name, {}).items() if not row['diverged']}
-
-    def spread(values: dict[int, float]) -> str:
-        v = list(values.values()) or [math.nan]
-        return f'{statistics.fmean(v):.4f}' + (f' +- {statistics.stdev(v):.4f}' if len(v) > 1 else '')
-
-    def place(name: str) -> float:
+    def spread(name: str, key: str) -> str:
+        values = list(column(name, key).values())
+        mean = f'{statistics.fmean(values):.4f}' if values else '-'
+        return f'{mean} +- {statistics.stdev(values):.4f}' if len(values) > 1 else mean
+    def place(name: str) -> float:  # the best first, last where all diverged
         return -sign * statistics.fmean(column(name, key).values() or [-sign * math.inf])
 
     lines = [['activation', 'seeds', f'test {metric}', f'minus {reference}', '95 % interval', 'wins',
@@ -57,22 +50,19 @@ def table(rows: list[dict[str, Any]], reference: str, metric: str) -> str:
         n, mean, half = compare(mine, base)
         wins = sum(sign * (mine[seed] - base[seed]) > 0 for seed in mine.keys() & base.keys())
         interval = f'{mean - half:+.4f} to {mean + half:+.4f}' if n > 1 else '-'
-        judged = ['', '', ''] if name == reference else [f'{mean:+.4f}', interval, f'{wins}/{n}']
-        milliseconds = statistics.median(row['ms_step'] for row in group)
-        lines.append([name, str(len(group)), spread(mine), *judged, spread(column(name, f'test_{other}')),
-                      spread(column(name, 'train_loss')), f'{milliseconds:.0f}',
+        judged = [f'{mean:+.4f}' if n else '-', interval, f'{wins}/{n}'] if name != reference else 3 * ['']
+        lines.append([name, str(len(group)), spread(name, key), *judged, spread(name, f'test_{other}'),
+                      spread(name, 'train_loss'), f"{statistics.median(row['ms_step'] for row in group):.0f}",
                       str(sum(row['diverged'] for row in group))])
     widths = [max(map(len, words)) for words in zip(*lines)]
     lines.insert(1, ['-' * width for width in widths])
     return '\n'.join('| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines)
 
-
 def report(rows: list[dict[str, Any]]) -> str:
     """A table for every group of rows with the same settings."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups, text = {}, []
     for row in rows:
         groups.setdefault(json.dumps(row['settings'], sort_keys=True), []).append(row)
-    text = []
     for group in groups.values():
         s = group[0]['settings']
         metric = 'loss' if s['data'].startswith('tinystories') else 'accuracy'
@@ -81,26 +71,17 @@ def report(rows: list[dict[str, Any]]) -> str:
                  table(group, STANDARD.get(s['model'], 'own'), metric)]
     return '\n\n'.join(text)
 
-
-# ---- pictures ----
-
 def pyplot() -> Any:
-    """matplotlib.pyplot, set up to draw into files. Raises ValueError where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError('pictures need matplotlib: pip install matplotlib') from None
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    """matplotlib.pyplot, set up to draw into files."""
+    import matplotlib.pyplot as plt  # optional: evaluate.one_line_errors says how to get it
+    plt.switch_backend('Agg')
     plt.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
     return plt
-
 
 def curve(f: Activation) -> tuple[list[float], list[float]]:
     x = torch.linspace(-4, 4, 401)
     with torch.no_grad():
         return x.tolist(), f(x).tolist()
-
 
 def search(folder: Path) -> Path:
     """Draw search.png of a run from its log: the function over the steps, the losses, the weights."""
@@ -116,60 +97,51 @@ def search(folder: Path) -> Path:
     title = f"{Path(config['model']).name} on {config['data']}, seed {config['seed']}"
     title += f':  f(x) = {found.formula}' if found else f":  step {steps[-1]['step']} of {config['steps']}"
     figure = plt.figure(figsize=(12, 11), layout='constrained')
-    figure.suptitle(title, fontsize=min(15.0, max(7.0, 1400 / len(title))))
+    figure.suptitle(title, fontsize=min(15, 1400 / len(title)))
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 2))
     functions, losses = above.subplots(1, 2)
 
     colours = plt.get_cmap('viridis_r')  # its lightness falls from first to last: it survives print in grey
-    drawn = steps[::max(1, len(steps) // 14)]
-    for row in drawn:
+    for row in steps[::max(1, len(steps) // 14)]:
         x = torch.linspace(-4, 4, len(row['curve']))
         functions.plot(x, row['curve'], color=colours(row['step'] / config['steps']), linewidth=1.5)
     functions.plot(*curve(standard), 'k:', linewidth=1.8, label=f'{standard.formula}, the standard')
-    heights = [v for row in drawn for v in row['curve']]
     if found:
         functions.plot(*curve(found), 'k--', linewidth=2.2, label='found')
-        heights += curve(found)[1]
-    functions.set(xlabel='input x', ylabel='output', title='the relaxed function over the search',
-                  ylim=(max(min(heights), -4) - 0.3, min(max(heights), 6) + 0.3))
+    functions.set(xlabel='x', ylabel='f(x)', ylim=(-2, 4), title='the relaxed function over the search')
     functions.legend(loc='upper left')
     scale = plt.cm.ScalarMappable(plt.Normalize(0, config['steps']), colours)
     above.colorbar(scale, ax=functions, label='step')
 
-    for name, colour, style in (('train_loss', '#E69F00', '-'), ('val_loss', '#0072B2', '--')):
+    for k, name in enumerate(('train_loss', 'val_loss')):
         points = [(row['step'], row[name]) for row in steps if row[name] is not None] or [(0, math.nan)]
-        losses.plot(*zip(*points), label=name.replace('_', ' '), color=colour, linestyle=style)
+        losses.plot(*zip(*points), label=name.replace('_', ' '), color=COLOURS[k], linestyle=STYLES[k])
     losses.set(xlabel='step', ylabel='squared error' if config['teacher'] else 'nats', title='losses')
     losses.legend()
 
     choices = steps[0]['weights']
     for axis, choice in zip(below.subplots(math.ceil(len(choices) / 3), 3).flat, choices):
-        weights: dict[str, list[tuple[int, float]]] = {}
-        for row in steps:
-            for name, weight in row['weights'][choice].items():
-                weights.setdefault(name, []).append((row['step'], weight))
+        weights = {name: [(row['step'], row['weights'][choice][name]) for row in steps
+                          if name in row['weights'][choice]] for name in choices[choice]}
         order = sorted(weights, key=lambda name: (len(weights[name]), weights[name][-1][1]), reverse=True)
-        for rank, name in reversed(list(enumerate(order))):
-            named_line = dict(color=COLOURS[rank % 7], linestyle=STYLES[rank % 4], linewidth=2, label=name)
-            look = named_line if rank < 5 else dict(color='0.75', linewidth=0.8)
+        for rank, name in enumerate(order):
+            strong = dict(color=COLOURS[rank % 7], linestyle=STYLES[rank % 4], linewidth=2, label=name)
+            look = strong if rank < 5 else dict(color='0.75', linewidth=0.8, zorder=1)
             axis.plot(*zip(*weights[name]), **look)
             if len(weights[name]) < len(steps):  # a cross where it was dropped
                 axis.plot(*weights[name][-1], 'x', color=look['color'], markersize=5)
         axis.set(xlabel='step', ylabel='weight', title=choice, yscale='log', ylim=(0.008, 1.4))
-        handles, labels = axis.get_legend_handles_labels()
-        axis.legend(handles[::-1], labels[::-1], fontsize=11, loc='upper left')
+        axis.legend(fontsize=11, loc='upper left')
     figure.savefig(folder / 'search.png', dpi=100)
     plt.close(figure)
     return folder / 'search.png'
-
 
 def comparison(rows: list[dict[str, Any]], path: Path) -> Path:
     """Draw the functions of an evaluation, their training curves, and their differences to the reference."""
     plt, groups = pyplot(), by_name([row for row in rows if not row['diverged']])
     model = rows[0]['settings']['model']
     reference = STANDARD.get(model, 'own')
-    mean = {name: statistics.fmean(row['test_loss'] for row in group.values())
-            for name, group in groups.items()}
+    mean = {name: statistics.fmean(row['test_loss'] for row in groups[name].values()) for name in groups}
     names = sorted(groups, key=lambda name: (name != reference, mean[name]))[:7]  # more cannot be told apart
     figure, (functions, curves, differences) = plt.subplots(1, 3, figsize=(15, 4.6), layout='constrained')
     for k, name in enumerate(names):
@@ -180,8 +152,8 @@ def comparison(rows: list[dict[str, Any]], path: Path) -> Path:
         columns = zip(*(row['curve'] for row in group))
         points = [(column[0][0], statistics.fmean(loss for _, loss in column)) for column in columns]
         curves.plot(*zip(*points), **look)
-        common = groups[name].keys() & groups.get(reference, {}).keys()
-        d = [groups[name][seed]['test_loss'] - groups[reference][seed]['test_loss'] for seed in common]
+        base = groups.get(reference, {})
+        d = [row['test_loss'] - base[seed]['test_loss'] for seed, row in groups[name].items() if seed in base]
         differences.plot(d, [k] * len(d), 'o', color=COLOURS[k])
     functions.set(xlabel='x', ylabel='f(x)', ylim=(-2, 4), title='functions')
     if len(functions.lines):

@@ -25,7 +25,9 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,11 +37,11 @@ import data
 import plot
 from activation import NAMED, SHAPES, Activation, distance, named, nonlinearity, write
 from cell import NORMALISERS, SAMPLERS, Cell, blame
-from evaluate import (Parser, Presets, Training, append, check_device, configure, cosine, cross_entropy,
-                      learning_rate, number, one_line_errors, option, score, seed_everything, train,
-                      weight_optimizer)
+from evaluate import (Parser, Presets, Training, append, average, check_device, configure, cosine,
+                      cross_entropy, learning_rate, number, one_line_errors, option, precision, score,
+                      seed_everything, space_of, train, weight_optimizer)
 from models import STANDARD, network, teacher_and_student
-from space import Space
+from space import Match, Space
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target) -> scalar
 
@@ -88,7 +90,13 @@ class Config(Training):
 
 
 PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log', shrink_until=0.98,
-             warm_alphas=True, start=0.0, temperature=1.0, discretise='shrink', candidates=0)
+             arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, warm_alphas=True, start=0.0, temperature=1.0,
+             discretise='shrink', candidates=0)  # of --method paper
+
+PLANTED = dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
+               weight_decay=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.05, shrink='none',
+               normalise='centre', start=0.0, temperature=1.0, discretise='project', trial_steps=0.15,
+               trials_from='trained')
 
 # What differs from evaluate.PRESETS. paper: its appendix; an epoch is the 75 % of the data that train the
 # weights, one epoch is warm start, dropping begins in the third.
@@ -99,20 +107,21 @@ PRESETS: Presets = {
                          candidates=5, trial_steps=1.3),
         'minigpt': dict(steps=240, arch_lr=0.3, warmstart=0.6, shrink_from=0.65, candidates=7,
                         trial_steps=1.3),
-        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03,
-                    lr_end=0.0, weight_decay=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.05, shrink='none',
-                    normalise='centre', start=0.0, temperature=1.0, discretise='project', candidates=16,
-                    lengths=tuple(range(2, 10)), around=False, trial_steps=0.07, trials_from='trained'),
+        'toy': dict(PLANTED),
+    },
+    'evening': {
+        'resnet20': dict(steps=1500, lr_end=0.1, arch_lr=0.003, trust=0.5, lengths=(2,), around=False, judge=40,
+                         candidates=6),
+        'vit_tiny': dict(steps=600, lr_end=0.1, arch_lr=0.03, judge=40, warmstart=0.3, shrink_from=0.35),
+        'minigpt': dict(steps=1000, arch_lr=0.1, judge=40, warmstart=0.3, shrink_from=0.35),
+        'toy': dict(PLANTED, steps=1500),
     },
     'paper': {
-        'resnet20': dict(steps=14650, batch_size=64, accumulate=2, lr_milestones=(), grad_clip=5.0,
-                         arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, **PAPER),
-        'vit_tiny': dict(steps=3650, batch_size=128, accumulate=4, grad_clip=5.0, arch_lr=6e-4,
-                         warmstart=0.02, shrink_from=0.04, **PAPER),
-        'minigpt': dict(steps=1000, warmup=0.0, arch_lr=1e-3, warmstart=0.1, shrink_from=0.2, **PAPER),
-        'toy': dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2,
-                    lr_end=1.0, weight_decay=0.0, grad_clip=5.0, arch_lr=1e-2, warmstart=0.07,
-                    shrink_from=0.14, **PAPER),
+        'resnet20': dict(PAPER, steps=14650, batch_size=64, accumulate=2, lr_milestones=(), grad_clip=5.0),
+        'vit_tiny': dict(PAPER, steps=3650, batch_size=128, accumulate=4, grad_clip=5.0),
+        'minigpt': dict(PAPER, steps=1000, warmup=0.0, arch_lr=1e-3, warmstart=0.1, shrink_from=0.2),
+        'toy': dict(PAPER, data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2,
+                    lr_end=1.0, weight_decay=0.0, grad_clip=5.0, arch_lr=1e-2),
     },
 }
 
@@ -189,7 +198,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
                 cell.tabulate(standard=collect)
                 if not cell.learns:
                     break  # one operation a choice point is left, and none with a scalar
-                val_loss = loss(held(model)(x), y) / config.accumulate
+                with precision(config, x):
+                    val_loss = loss(held(model)(x), y) / config.accumulate
                 if collect:  # dL/df, which will score all functions of the space
                     slopes = slopes + torch.autograd.grad(val_loss, cell.values)[0]
                 else:
@@ -197,6 +207,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
                     gradients = [g if f is None else g + f for g, f in zip(gradients, found)]
             for p, g in zip(architecture, gradients):
                 p.grad = g
+            average([*gradients, slopes])
             others = [slopes] if val_loss is None else [slopes, val_loss.detach()]
             if not clip_gradients(gradients, config.grad_clip, *others):
                 trouble = blame(model, cell, x) | {'skipped': 'architecture'}
@@ -215,9 +226,11 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
             x, y = next(train_batches)
             with torch.no_grad():
                 cell.use_standard() if warm else cell.tabulate()
-            train_loss = loss(model(x), y) / config.accumulate
+            with precision(config, x):
+                train_loss = loss(model(x), y) / config.accumulate
             train_loss.backward()
         gradients = [p.grad for p in weights if p.grad is not None]
+        average([*gradients, cell.seen, *running])
         if clip_gradients(gradients, config.grad_clip, train_loss.detach(), *running):
             weight_opt.step()
         else:
@@ -244,18 +257,42 @@ def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
     return lambda: iter(kept)
 
 
+def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
+    """The functions that lower the loss most, to first order, when one of them replaces the standard at its
+    second moment: from the gradient that `cell` has collected, no function is trained.
+
+    Only functions at a distance from the standard, sqrt(2 - 2 cos), between 0.1 and trust, that do not stand
+    still on the first inputs: 0.6 of the second moment is variance, a quarter of the inputs has a slope.
+    """
+    def pool(values: Tensor, grid: Tensor) -> Tensor:  # spread linearly onto the points of the space
+        away = (grid.double().clamp(-limit, limit)[:, None] - space.x).abs() / step
+        return values.double() @ (1 - away).clamp(min=0)
+    limit, step, bins = space.x[-1].item(), (space.x[1] - space.x[0]).item(), cell.grid[cell.bins]
+    gradient, density, early = pool(cell.gradient, cell.grid), pool(cell.inputs, bins), pool(cell.early, bins)
+    density, early = density / density.sum(), early / early.sum()
+    standard = cell.standard(space.x).detach()
+    power = density @ standard.square()
+
+    def change(f: Tensor) -> Tensor:
+        f = f * (power / (f.square() @ density)).sqrt()[:, None]
+        far = (2 - 2 * (f @ (density * standard)) / power).clamp(min=0).sqrt()
+        moves = (f @ early).square() < 0.4 * (f.square() @ early)
+        alive = (f.diff(dim=1).abs() > 0.01 * step).double() @ early[1:] > 0.25
+        fine = (far > 0.1) & (far < trust) & moves & alive
+        return torch.where(fine, (f - standard) @ gradient, torch.inf)
+    return space.scan(change, shift=False)
+
+
 def proposals(cell: Cell, config: Config) -> list[Activation]:
     """The functions to try, see --discretise: neither nearly straight lines nor the standard activation."""
-    trees = [] if config.discretise == 'project' else [cell.tree()]
+    trees = [cell.tree()]
     if config.discretise != 'shrink':
-        space, bins = Space(config.ops, config.clip, config.cell), cell.grid[cell.bins]
-        if config.discretise == 'project':
-            matches = space.nearest(cell.curve(space.x), space.pool(cell.seen.mean(0), bins), 2000)
-        else:
-            inputs, early = (space.pool(seen + 1e-9, bins) for seen in (cell.inputs, cell.early))
-            gradient = space.pool(cell.gradient, cell.grid)
-            matches = space.steepest(gradient, inputs, early, cell.standard, config.trust, 2000)
-        matches.sort(key=lambda match: match.score)
+        space = Space(config.ops, config.clip, config.cell)
+    if config.discretise == 'project':
+        seen = torch.from_numpy(np.interp(space.x, cell.grid[cell.bins].cpu(), cell.seen.mean(0).cpu()))
+        trees = [match.tree for match in space.nearest(cell.curve(space.x), seen, 0)[0]][::-1]
+    elif config.discretise == 'gradient':
+        matches = sorted(steepest(space, cell, config.trust), key=lambda match: match.score)
         if config.around:
             matches = [match for match in matches if cell.standard.expression in write(match.tree)]
         of_length = [[match.tree for match in matches if match.length == n] for n in config.lengths]
@@ -264,7 +301,19 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
     for f in (Activation(tree, config.clip) for tree in trees):
         new = len(found) < config.candidates and distance(f, cell.standard, False) > 0.01
         found += [f] if new and nonlinearity(f) > bend else []
-    return found or [Activation(trees[0], config.clip)]
+    return found or [Activation(cell.tree(), config.clip)]
+
+
+def in_its_place(f: Activation, cell: Cell) -> Callable[[Tensor], Tensor]:
+    """f at the output scale and shift that come closest to the relaxed cell, which the weights are used to."""
+    with torch.no_grad():
+        cell.tabulate(cell.sample(noise=False))
+        p, y = cell.seen.mean(0).double(), f(cell.grid[cell.bins]).double()
+        relaxed = cell.values.mean(0)[cell.bins].double()
+        y_mean, mean = (p * y).sum(), (p * relaxed).sum()  # subtle: a product @ is not the same bit for bit
+        gain = ((p * (y - y_mean) * relaxed).sum() / (p * (y - y_mean).square()).sum().clamp(min=1e-12)).float()
+        shift = (mean - gain * y_mean).float()
+    return lambda x: gain * f(x) + shift
 
 
 def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
@@ -289,7 +338,10 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
     for f in [cell.standard, *functions]:
         if f.expression not in results:
             model.load_state_dict(start)
-            cell.use_standard() if f is cell.standard else cell.use(f)
+            if f is cell.standard:
+                cell.use_standard()
+            else:
+                cell.use(f if start is initial else in_its_place(f, cell))
             train(model, batches(), loss, trial)
             results[f.expression] = score(model, judge(), loss)
             model.load_state_dict(start)  # what is saved now must propose the same functions again
@@ -506,9 +558,10 @@ def main(arguments: Optional[list[str]] = None) -> None:
             config.teacher = config.teacher if planted else ''
             if planted and math.isnan(nonlinearity(named(config.teacher))):
                 raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')
+        first = not (dist.is_initialized() and dist.get_rank())  # of torchrun's ranks: it alone writes
         files = ('activation.json', 'found.py', 'search.png', 'checkpoint.pt', 'log.jsonl')
         paths = [Path(config.out) / name for name in files[:1 if checkpoint else 5]]
-        if there := [path for path in paths if path.exists() and path.stat().st_size]:
+        if there := [path for path in paths if first and path.exists() and path.stat().st_size]:
             raise ValueError(f'{there[0]} already exists; choose another --out, or go on with an '
                              f'unfinished run by --resume {config.out}')
         model, cell, train_batches, val_batches, loss = prepare(config)
@@ -517,8 +570,10 @@ def main(arguments: Optional[list[str]] = None) -> None:
         print(f'searching {spellings:,} spellings for {config.model} ({weights:,} weights, {cell.sites} '
               f'sites), data {config.data}: {config.steps} steps, then {config.candidates} functions tried; '
               f'run folder {config.out}', flush=True)
-        with contextlib.closing(Run(config, folder, checkpoint)) as run:
-            run.finish(*search(model, cell, train_batches, val_batches, loss, config, run))
+        with contextlib.closing(Run(config, folder if first else None, checkpoint)) as run:
+            found = search(model, cell, train_batches, val_batches, loss, config, run)
+            if first:
+                run.finish(*found)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
 """What a search costs, in steps of plain training.
 
-    python results/bench.py                    5 minutes on two quiet cores; a table, then a line of JSON
+    python results/bench.py                    ten minutes on two quiet cores; a table, then a line of JSON
     python results/bench.py --only resnet20    one network
+    python results/bench.py --device cuda --dtype bfloat16
 
 The loop of search.py itself is timed, in the preset quick, on random images of 32 x 32 or random text. After
 each of its steps all others have their turn, so that other work on the machine meets all alike; times are
@@ -28,14 +29,15 @@ from torch import Tensor
 
 import data
 from cell import LIMIT, Cell, Lookup, Site, lines, uniform_grid
-from evaluate import configure, cross_entropy, weight_optimizer
+from evaluate import configure, cross_entropy, precision, weight_optimizer
 from models import STANDARD, network
 from search import PRESETS, Config, Run, search
 from space import Space
 
 # the batch, and that of the cell op by op, which at the full one would need minutes and tens of GB
 SIZES = {'resnet20': (64, 4), 'vit_tiny': (32, 4), 'minigpt': (16, 2)}
-DESCENT = dict(warmstart=0.0, shrink='none', discretise='shrink', candidates=0, judge=1, device='cpu')
+LARGE = {'resnet20': (64, 16), 'vit_tiny': (128, 16), 'minigpt': (64, 4)}  # on a GPU: those of the preset paper
+DESCENT = dict(warmstart=0.0, shrink='none', discretise='shrink', candidates=0, judge=1)
 
 
 class OpByOp(Cell):
@@ -48,7 +50,7 @@ class OpByOp(Cell):
 
 class Setting:
     """A network, its batches and plain steps. cell: Cell or OpByOp; None for the standard activation."""
-    def __init__(self, model: str, batch: int, cell: Optional[type[Cell]], rounds: int):
+    def __init__(self, model: str, batch: int, cell: Optional[type[Cell]], rounds: int, **options: Any):
         draw = torch.Generator().manual_seed(0)
         if model == 'minigpt':
             text = torch.randint(256, (400_000,), generator=draw, dtype=torch.uint8)
@@ -58,17 +60,20 @@ class Setting:
                     torch.randint(10, (2048,), generator=draw))
             dataset = data.Dataset('random', 'image', part, part, 10, channels=3, side=32, mirror=True)
         given = dict(model=model, batch_size=batch, steps=rounds + 2)
-        self.config = c = configure(Config, PRESETS, given | DESCENT)
+        self.config = c = configure(Config, PRESETS, given | DESCENT | options)
         standard = {'relu': nn.ReLU, 'gelu': nn.GELU}[STANDARD[model]]
         self.cell = cell and cell(c.ops, c.clip, c.sampler, STANDARD[model], c.normalise)
-        self.model = network(c, self.cell.site if cell else standard, dataset)
-        self.train, self.val = (data.Batches(dataset, part, batch, 0, augment, c.context)
+        self.model = network(c, self.cell.site if cell else standard, dataset).to(c.device)
+        self.cell = self.cell and self.cell.to(c.device)
+        self.train, self.val = (data.Batches(dataset, part, batch, 0, augment, c.context, c.device)
                                 for part, augment in zip(data.split(dataset, 0), (True, False)))
         self.optimizer = weight_optimizer(list(self.model.parameters()), c)
 
     def plain_step(self) -> None:
         x, y = next(self.train)
-        cross_entropy(self.model(x), y).backward()
+        with precision(self.config, x):
+            loss = cross_entropy(self.model(x), y)
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -88,6 +93,8 @@ class Stopwatch(Run):
         self.others, self.milliseconds, self.begin = others, defaultdict(list), 0.0
 
     def lap(self, name: str) -> None:
+        if self.config.device != 'cpu':
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.milliseconds[name].append(1000 * (now - self.begin))
         self.begin = now
@@ -119,26 +126,34 @@ def both_ways(function: Callable[[Tensor], Tensor], *inputs: Tensor) -> None:
     torch.autograd.grad(function(inputs[0]), inputs, torch.ones_like(inputs[0]))
 
 
-def compare(model: str, rounds: int, memory_over_plain: float) -> dict[str, float]:
+def compare(model: str, rounds: int, memory_over_plain: float, **options: Any) -> dict[str, float]:
     """The figures of one network."""
-    batch, few = SIZES[model]
-    plain, setting = Setting(model, batch, None, rounds), Setting(model, batch, Cell, rounds)
+    batch, few = (SIZES if options['device'] == 'cpu' else LARGE)[model]
+    plain, setting = (Setting(model, batch, kind, rounds, **options) for kind in (None, Cell))
     seen, site = [], next(module for module in setting.model.modules() if isinstance(module, Site))
     hook = site.register_forward_hook(lambda site, inputs, output: seen.append(inputs[0].detach()))
-    setting.model(next(setting.val)[0])
+    setting.cell.tabulate()
+    setting.model.forward(next(setting.val)[0])  # not compiled
     hook.remove()
-    x, values = seen[0].requires_grad_(), F.gelu(uniform_grid()).requires_grad_()
+    x = seen[0].requires_grad_()
+    values = F.gelu(uniform_grid()).to(x.device).requires_grad_()
     fixed, learning = ((v, lines(v), LIMIT) for v in (values.detach(), values))  # weight, architecture step
     ms = timed(setting, plain=plain.plain_step, tables=setting.tables, gelu=lambda: both_ways(F.gelu, x),
                fixed=lambda: both_ways(lambda x: Lookup.apply(*fixed, x), x),
                learning=lambda: both_ways(lambda x: Lookup.apply(*learning, x), x, values))
-    slow = timed(Setting(model, few, OpByOp, max(4, rounds // 2)), plain=plain.plain_step)
-    bilevel, slow_bilevel = ((t['weight'] + t['architecture']) / t['plain'] for t in (ms, slow))
-    return dict(plain_ms=ms['plain'], weight_ms=ms['weight'], architecture_ms=ms['architecture'],
-                bilevel_over_plain=bilevel, memory_over_plain=memory_over_plain,
-                opbyop_over_table=slow_bilevel / bilevel * batch / few,
-                draw_share=ms['tables'] / ms['plain'] / bilevel,
-                lookup_over_gelu=(ms['fixed'] + ms['learning']) / 2 / ms['gelu'])
+    bilevel = (ms['weight'] + ms['architecture']) / ms['plain']
+    result = dict(plain_ms=ms['plain'], weight_ms=ms['weight'], architecture_ms=ms['architecture'],
+                  bilevel_over_plain=bilevel)
+    if options['compile']:
+        return result
+    slow = timed(Setting(model, few, OpByOp, max(4, rounds // 2), **options), plain=plain.plain_step)
+    slow_bilevel = (slow['weight'] + slow['architecture']) / slow['plain']
+    compiled = compare(model, rounds, 0.0, **options | {'compile': True})
+    return result | dict(bilevel_compiled_over_plain=compiled['bilevel_over_plain'],
+                         compiled_plain_ms=compiled['plain_ms'], memory_over_plain=memory_over_plain,
+                         opbyop_over_table=slow_bilevel / bilevel * batch / few,
+                         draw_share=ms['tables'] / ms['plain'] / bilevel,
+                         lookup_over_gelu=(ms['fixed'] + ms['learning']) / 2 / ms['gelu'])
 
 
 def peak() -> float:
@@ -161,7 +176,7 @@ def memory(model: str, kind: str) -> dict[str, float]:
     before = 0.0
     for batch in (2, SIZES[model][0]):
         before = peak()
-        setting = Setting(model, batch, None if kind == 'plain' else Cell, 3)
+        setting = Setting(model, batch, None if kind == 'plain' else Cell, 3, device='cpu')
         if setting.cell:
             timed(setting)
         else:
@@ -181,22 +196,30 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--only', choices=SIZES, help='this network alone')
     parser.add_argument('--rounds', type=int, default=11, help='steps that are timed (11)')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda')
+    parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
     parser.add_argument('--memory', nargs=2, help=argparse.SUPPRESS)  # this and the next: what `alone` starts
     parser.add_argument('--space', action='store_true', help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.memory or given.space:
         return print(json.dumps(whole_space() if given.space else memory(*given.memory)))
     models = [given.only] if given.only else list(SIZES)
-    space = alone('--space')  # subtle: processes start with the peak of their parent, which is small here
-    mb = {m: [alone('--memory', m, kind)['mb'] for kind in ('table', 'plain')] for m in models}
-    results = {m: compare(m, given.rounds, mb[m][0] / mb[m][1]) for m in models} | {'space': space}
+    options, space = dict(device=given.device, dtype=given.dtype, compile=False), {}
+    mb = {m: (0.0, 1.0) for m in models}
+    if given.device == 'cpu':
+        space = {'space': alone('--space')}  # subtle: a process starts with its parent's peak, small here
+        mb = {m: [alone('--memory', m, kind)['mb'] for kind in ('table', 'plain')] for m in models}
+    results = {m: compare(m, given.rounds, mb[m][0] / mb[m][1], **options) for m in models} | space
     results = {name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()}
-    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads\n')
+    name = torch.cuda.get_device_name() if given.device == 'cuda' else f'{torch.get_num_threads()} threads'
+    print(f'torch {torch.__version__}, {name}, {given.dtype}\n')
     head = ['network', 'batch', *results[models[0]]]
-    for cells in [head, ['---'] * len(head), *([m, SIZES[m][0], *results[m].values()] for m in models)]:
+    for cells in [head, ['---'] * len(head), *([m, (SIZES if given.device == 'cpu' else LARGE)[m][0],
+                                            *results[m].values()] for m in models)]:
         print(f"| {' | '.join(map(str, cells))} |")
-    print('\nSpace: {seconds} s, of CPU {cpu_seconds} s, and {mb} MB\n'.format(**results['space']))
-    print(json.dumps(results))
+    if space:
+        print('\nSpace: {seconds} s, of CPU {cpu_seconds} s, and {mb} MB'.format(**results['space']))
+    print('\n' + json.dumps(results))
 
 
 if __name__ == '__main__':

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from activation import Activation, distance, named
-from evaluate import append, configure, score, seeds_of, space_of, train
+from evaluate import append, configure, random_function, score, seeds_of, space_of, train
 from search import PRESETS, Config, prepare, search
 
 PLANTED = {
@@ -68,13 +68,14 @@ def standardised(f: Activation) -> Callable[[Tensor], Tensor]:
 def at_random(setting: tuple, config: Config, seconds: float) -> Activation:
     """The best of the functions that can be drawn and tried in so many seconds. setting: of `prepare`."""
     model, cell, train_batches, val_batches, loss = setting
-    space, draw = space_of(config.ops), torch.Generator().manual_seed(config.seed)  # its time does not count
+    space = space_of(config.ops)  # its time does not count
     trial, initial = dataclasses.replace(config, steps=60), copy.deepcopy(model.state_dict())
     batches = list(itertools.islice(train_batches, trial.steps))
     judge = list(itertools.islice(val_batches, config.judge))
-    best, lowest, started = Activation('x'), math.inf, time.process_time()
+    best, lowest, started, tried = Activation('x'), math.inf, time.process_time(), 0
     while time.process_time() - started < seconds:
-        candidate = Activation(space.random_function(draw), config.clip)
+        candidate = Activation(random_function(space, 1000 * config.seed + tried), config.clip)
+        tried += 1
         model.load_state_dict(initial)
         cell.use(standardised(candidate))
         train(model, iter(batches), loss, trial)
@@ -149,7 +150,7 @@ def share(given: argparse.Namespace, *work: Any) -> list[tuple]:
 def main() -> None:
     given, rows = command_line(__doc__, 'results/planted.jsonl')
     done = {(row['planted'], row['seed'], row['method']): row for row in rows}
-    for (seed, name), method in itertools.product(share(given, PLANTED), ('project', 'shrink', 'random')):
+    for method, (seed, name) in itertools.product(('project', 'shrink', 'random'), share(given, PLANTED)):
         if (name, seed, method) not in done:
             seconds = done[name, seed, 'project']['seconds'] if method == 'random' else 0.0
             for kind, row in run(name, seed, method, seconds).items():

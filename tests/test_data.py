@@ -1,5 +1,6 @@
 """data.py: files in the publishers' layouts, made byte by byte; batches against loops and known values."""
 import contextlib
+import functools
 import hashlib
 import http.server
 import io
@@ -17,6 +18,7 @@ from data import BLOCK, Batches, Dataset, load, split
 RECORDS = [bytes([k % 10]) + bytes((k + 7 * i * i + i // 1024) % 256 for i in range(3072)) for k in range(12)]
 CIFAR10 = {f'data_batch_{k + 1}.bin': RECORDS[2 * k] + RECORDS[2 * k + 1] for k in range(5)}
 CIFAR10['test_batch.bin'] = RECORDS[10] + RECORDS[11]
+UPPER = {name.upper(): content for name, content in CIFAR10.items()}
 STORIES = [f'Once upon a time, number {k} of the cats sat.\n\nThe end.'.encode() for k in range(2000)]
 SEPARATOR = b'\n<|endoftext|>\n'
 TEXT = SEPARATOR.join(STORIES) + SEPARATOR
@@ -34,12 +36,14 @@ with tarfile.open(fileobj=(file := io.BytesIO()), mode='w:gz') as tar:
 ARCHIVE, MD5 = file.getvalue(), hashlib.md5(file.getvalue()).hexdigest()
 
 @pytest.mark.parametrize('files, given', [
-    (CIFAR10, '.'), (CIFAR10, '..'), (CIFAR10, 'data_batch_1.bin'),
+    (CIFAR10, '.'), (CIFAR10, '..'), (CIFAR10, 'data_batch_1.bin'), (UPPER, '.'),
     ({(name := 'cifar-10-binary.tar.gz'): ARCHIVE}, '.'), ({name: ARCHIVE}, name)])
-def test_layouts(tmp_path, monkeypatch, files, given):
-    """The publisher's folder, its parent, a file in it, the archive, of which no member reaches the disk."""
+def test_layouts(tmp_path, monkeypatch, capsys, files, given):
+    """The publisher's folder, its parent, a file in it, other case, the archive, of which no member reaches
+    the disk. A part of the set is noted."""
     monkeypatch.setitem(data.SOURCES['cifar10'][1], data.CIFAR + '10-binary.tar.gz', MD5)
     dataset = load('cifar10', folder := str(write(tmp_path / 'a/b', files) / given))
+    assert 'cifar10: 10 images (1 a class) to train and 2 to test, of 60,000' in capsys.readouterr().err
     x, y = (torch.cat(tensors) for tensors in zip(dataset.train, dataset.test))
     assert b''.join(bytes([k]) + image.numpy().tobytes() for k, image in zip(y, x)) == b''.join(RECORDS)
     small = load('cifar10', folder, side=16).test[0].double()
@@ -58,14 +62,17 @@ def test_cifar100_and_svhn(tmp_path, monkeypatch):
     pixels, labels = load('svhn', str(tmp_path)).train
     assert labels.tolist() == [0, 9] and pixels[1, 2, 5, 11] == x[5, 11, 2, 1]
 
-@pytest.mark.parametrize('old, new', [
-    (b'', b''), (b'\n', b'\r\n'), (SEPARATOR, b'\r\n \t<|endoftext|>  \n'), (SEPARATOR, SEPARATOR * 2)])
-def test_text_variants(tmp_path, old, new):
+@pytest.mark.parametrize('old, new, encoding', [
+    (b'', b'', 'utf-8-sig'), (b'', b'', 'utf-16'), (b'\n', b'\r\n', 'utf-8'), (b'\n', b'\r', 'utf-8'),
+    (SEPARATOR, b'\r\n \t<|endoftext|>  \n', 'utf-8'), (SEPARATOR, SEPARATOR * 2, 'utf-8')])
+def test_text_variants(tmp_path, capsys, old, new, encoding):
     """A byte 0 behind each story, all else unchanged. Of a single file the last twentieth is for the test."""
-    text = b'\xef\xbb\xbf' + (TEXT.replace(old, new) if old else TEXT) + b'\n \n'
-    dataset = load('tinystories', str(write(tmp_path, {'a.txt': text}) / 'a.txt'))
+    text = (TEXT.replace(old, new) if old else TEXT) + b'\n \n'
+    file = write(tmp_path, {'a.txt': text.decode().encode(encoding)}) / 'a.txt'
+    dataset = load('tinystories', str(file))
     train, test = (bytes(part.tolist()) for part in (dataset.train, dataset.test))
     assert train + test == b'\0'.join(STORIES) + b'\0' and 99 <= test.count(b'\0') <= 101
+    assert f'{train.count(0):,} stories to train' in capsys.readouterr().err
 
 @pytest.mark.parametrize('name, files, options, words', [
     ('cifar10', {'data_batch_1': b'(lp0'}, {}, 'data_batch_1.bin.*binary.tar.gz.*pickles.*never read'),
@@ -73,30 +80,25 @@ def test_text_variants(tmp_path, old, new):
     ('cifar10', {}, {'side': 8}, '--side 8'), ('cifar10', {}, {'tokens': 'gpt2'}, '--tokens.*ignored'),
     ('cifar10_16', {}, {}, '--data-dir.*ignored.*built in'), ('cifar1000', {}, {}, 'did you mean cifar100'),
     ('svhn', {'train_32x32.mat': b'<html>', 'test_32x32.mat': b''}, {}, 'train_32x32.mat: wrong checksum'),
-    ('tinystories', {'TinyStories.txt': b'<html>' * 9000}, {}, r'TinyStories.txt.*too few.*endoftext')])
+    ('tinystories', {'TinyStories.txt': b'<html>' * 9000}, {}, r'TinyStories.txt.*too few.*endoftext'),
+    ('tinystories', {'TinyStories.txt': TEXT.decode().encode('utf-16-le')}, {}, 'TinyStories.txt.*as UTF-8')])
 def test_error_lines(tmp_path, name, files, options, words):
     """Missing, truncated, of another format, options that do not fit: one line that says what and where."""
     with pytest.raises(ValueError, match=words) as caught:
         load(name, str(write(tmp_path, files)), **options)
     assert len(str(caught.value).splitlines()) == 1
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(404 if '/no/' in self.path else 200)
-        self.send_header('Content-Length', str(len(ARCHIVE)))
-        self.end_headers()
-        self.wfile.write(ARCHIVE[:1000 if 'cut' in self.path else None])
-
-@pytest.mark.parametrize('path, words', [('', ''), ('bad/', 'checksum'), ('cut/', 'broken'), ('no/', '404')])
+@pytest.mark.parametrize('path, words', [('whole', ''), ('cut', 'checksum'), ('none', '404')])
 def test_download(tmp_path, monkeypatch, path, words):
     """From nothing to a data set; what does not arrive whole is a ValueError with the reason."""
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    monkeypatch.setattr(data, 'DOWNLOADS', tmp_path)
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+    monkeypatch.setattr(data, 'DOWNLOADS', tmp_path / 'downloads')
+    site = write(tmp_path / 'site', {f'whole/{name}': ARCHIVE, f'cut/{name}': ARCHIVE[:1000]})
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=site)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        address = f'http://127.0.0.1:{server.server_port}/{path}cifar-10-binary.tar.gz'
-        source = data.SOURCES['cifar10'][0], {address: 'f' * 32 if path == 'bad/' else MD5}
-        monkeypatch.setitem(data.SOURCES, 'cifar10', source)
+        address = f'http://127.0.0.1:{server.server_port}/{path}/{name}'
+        monkeypatch.setitem(data.SOURCES, 'cifar10', (data.SOURCES['cifar10'][0], {address: MD5}))
         with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
             assert len(load('cifar10').train[1]) == 10
         server.shutdown()

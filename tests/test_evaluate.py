@@ -41,7 +41,7 @@ def small() -> nn.Module:
 def rows(name, *accuracies, data='cifar10', model='toy'):
     """Rows of a ledger; None: that run diverged."""
     settings = dict(model=model, data=data, preset='quick', steps=5, batch_size=8, accumulate=2, lr=0.1)
-    same = dict(name=name, expression='relu(x)', clip=None, searched='', settings=settings, ms_step=2.0)
+    same = dict(name=name, expression='relu(x)', clip=None, settings=settings, ms_step=2.0)
     return [{**same, 'seed': seed, 'diverged': a is None, 'test_accuracy': a, 'test_loss': a and 2 - a,
              'train_loss': a and 1.0, 'curve': [[1, 2.0], [2, 1.5]]} for seed, a in enumerate(accuracies)]
 
@@ -207,10 +207,10 @@ def test_names(tmp_path, monkeypatch, capsys):
     Path('my run').mkdir()
     Path('my run/activation.json').write_text(json.dumps(content))
     for text in 'my run', 'my run/activation.json':
-        name, f, searched = resolve(text)
-        assert (name, f.expression, f.clip, searched) == ('my run', 'scale(x, 0.5)', 5.0, 'b.py:f/svhn')
-    assert all(resolve(name).activation.expression == NAMED[name][0] for name in ('silu', 'relu2'))
-    drawn = [resolve(f'random_{k}').activation for k in [0, 1, 2, 3, 0, 1, 2, 3]]  # the same everywhere
+        name, f = resolve(text)
+        assert (name, f.expression, f.clip) == ('my run', 'scale(x, 0.5)', 5.0)
+    assert all(resolve(name)[1].expression == NAMED[name][0] for name in ('silu', 'relu2'))
+    drawn = [resolve(f'random_{k}')[1] for k in [0, 1, 2, 3, 0, 1, 2, 3]]  # the same everywhere
     assert [f.expression for f in drawn[:4]] == [f.expression for f in drawn[4:]]
     assert len({f.expression for f in drawn}) == 4 and min(map(nonlinearity, drawn)) > 0
     Path('empty').mkdir()

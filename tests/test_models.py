@@ -1,13 +1,9 @@
 """models.py: our networks against published sizes and torch's layers; other networks against themselves."""
 import copy
 import functools
-import os
-import random
-import sys
 import warnings
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -33,30 +29,30 @@ def same(call):
 
 # ---- our networks ----
 
-@pytest.mark.parametrize('name, count, value', [
-    ('resnet20', 269722, 40.85815155033102), ('vit_tiny', 5362762, -49.52503006619015),
-    ('minigpt', 1403520, -13.70305407360004), ('toy', 1153, 2.6097724159066593)])
-def test_initial_weights(name, count, value):
+@pytest.mark.parametrize('name, value', [('resnet20', 40.85815155033102), ('vit_tiny', -49.52503006619015),
+                                         ('minigpt', -13.70305407360004), ('toy', 2.6097724159066593)])
+def test_initial_weights(name, value):
     """A seed goes on meaning what it means in the published results."""
     torch.manual_seed(0)
     if name == 'vit_tiny' and abs(nn.init.trunc_normal_(torch.empty(1)).item() - 1.5409961) > 1e-5:
         pytest.skip('this version of torch draws truncated normals in another way')
     torch.manual_seed(0)
-    model = build(name, nn.ReLU)
-    assert size(model) == count and checksum(model) == pytest.approx(value, rel=1e-6)
+    assert checksum(build(name, nn.ReLU)) == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parametrize('name, shape, count', [
-    *((f'resnet{depth}', {}, count) for depth, count in    # He et al.: 0.27, 0.46, 0.66, 0.85, 1.7 million
+@pytest.mark.parametrize('name, shape, count, standard', [
+    *((f'resnet{depth}', {}, count, 'relu') for depth, count in    # He et al.: 0.27 ... 1.7 million
       ((20, 269722), (32, 464154), (44, 658586), (56, 853018), (110, 1727962))),
-    *((name, dict(classes=1000, side=224, patch=16), count) for name, count in    # DeiT, torchvision
+    *((name, dict(classes=1000, side=224, patch=16), count, 'gelu') for name, count in    # DeiT, torchvision
       (('vit_tiny', 5717416), ('vit_small', 22050664), ('vit_base', 86567656))),
-    *((name, dict(vocabulary=99, context=77), depth * (12 * width ** 2 + 4 * width) + (99 + 77 + 2) * width)
-      for name, depth, width in (('minigpt', 3, 192), ('tinygpt', 6, 384), ('smallgpt', 9, 576)))])
-def test_parameter_counts(name, shape, count):
+    *((name, dict(vocabulary=99, context=77), k * (12 * n ** 2 + 4 * n) + (99 + 77 + 2) * n, 'gelu')
+      for name, k, n in (('minigpt', 3, 192), ('tinygpt', 6, 384), ('smallgpt', 9, 576))),
+    ('toy', {}, 1153, 'relu')])
+def test_parameter_counts(name, shape, count, standard):
     """The families have the published sizes; GPT that of nanoGPT with biases in the layer norms only."""
     with torch.device('meta'):
         assert size(build(name, nn.ReLU, **shape)) == count
+    assert STANDARD[name] == standard and set(STANDARD) == set(MODELS)
 
 
 @pytest.mark.parametrize('name, theirs', [('elman', nn.RNN), ('gru', nn.GRU)])
@@ -67,6 +63,7 @@ def test_recurrent_networks_are_those_of_torch(name, theirs):
                             'weight_hh_l0': ours.hidden.weight, 'bias_hh_l0': ours.hidden.bias})
     tokens = torch.randint(11, (3, 9))
     torch.testing.assert_close(ours(tokens), ours.head(theirs(ours.embedding(tokens))[0]))
+    assert STANDARD[name] == 'tanh'
 
 
 def test_teacher_and_student():
@@ -82,9 +79,10 @@ def test_teacher_and_student():
 # ---- any other network ----
 
 class Net(nn.Module):
-    """A linear layer, `middle`, batch norm, dropout and a linear layer."""
+    """Linear, `middle`, batch norm, dropout and linear; a buffer made by expand (FAULTS 11)."""
     def __init__(self, middle):
         super().__init__()
+        self.register_buffer('mask', torch.zeros(1).expand(4, 3), persistent=False)
         self.first, self.middle, self.norm = nn.Linear(6, 6), middle, nn.BatchNorm1d(6)
         self.last = nn.Linear(6, 3)
 
@@ -103,13 +101,11 @@ def in_place(x):
 
 
 CALLS = {
-    'relu': nn.ReLU(), 'inplace': nn.ReLU(True), 'F': F.relu, 'torch': torch.relu,
-    'made': lambda x: nn.ReLU()(x), 'keyword': lambda x: torch.relu(input=x), 'aten': torch.ops.aten.relu,
-    'Tensor': torch.Tensor.relu, 'relu6': nn.ReLU6(True), 'F.relu6': F.relu6, 'hardtanh': nn.Hardtanh(-2, 2),
-    'gelu': nn.GELU('tanh'), 'silu': nn.SiLU(True),
-    'leaky_relu': functools.partial(F.leaky_relu, negative_slope=0.2),
-    'elu': nn.ELU(0.5, True), 'selu': nn.SELU(), 'celu': nn.CELU(1.3, True), 'hardswish': nn.Hardswish(),
-    'mish': F.mish, 'softplus': nn.Softplus(2), 'softsign': F.softsign, 'threshold': nn.Threshold(0.1, 0.2)}
+    'relu': nn.ReLU(), 'inplace': nn.ReLU(True), 'torch': torch.relu, 'made': lambda x: nn.ReLU()(x),
+    'keyword': lambda x: torch.relu(input=x), 'aten': torch.ops.aten.relu, 'Tensor': torch.Tensor.relu,
+    'relu6': nn.ReLU6(True), 'hardtanh': nn.Hardtanh(-2, 2), 'gelu': nn.GELU('tanh'), 'silu': nn.SiLU(True),
+    'leaky_relu': functools.partial(F.leaky_relu, negative_slope=0.2), 'elu': nn.ELU(0.5, True),
+    'celu': nn.CELU(1.3, True), 'softplus': nn.Softplus(2), 'threshold': nn.Threshold(0.1, 0.2)}
 
 
 @pytest.mark.parametrize('name', [*CALLS, 'in place'])
@@ -117,17 +113,17 @@ def test_every_kind_of_call_is_a_site_and_the_original_call_changes_nothing(name
     """Outputs, gradients and buffers are bit for bit those of the untouched network, in training and eval. A
     site writes into its input where the network reads that again, and only there. FAULTS 4 and 9."""
     model, x = Net(CALLS.get(name, in_place)), torch.randn(5, 6)
-    alone, other = copy.deepcopy(model), replaced(model, same, x)
-    assert (len(other.sites), len(other.written)) == ((3, 3) if name == 'in place' else (1, 0))
+    alone, random = copy.deepcopy(model), torch.get_rng_state()
+    other = replaced(model, same, x)
+    assert (len(other.sites), other.reread) == ((3, True) if name == 'in place' else (1, False))
+    assert torch.equal(random, torch.get_rng_state())
     for training in (True, True, False):
-        torch.manual_seed(1)
-        expected = alone.train(training)(x)
-        torch.manual_seed(1)
-        got = other.train(training)(x)
-        assert torch.equal(got, expected)
-        for a, b in zip(torch.autograd.grad(got.square().sum(), list(model.parameters())),
-                        torch.autograd.grad(expected.square().sum(), list(alone.parameters()))):
-            assert torch.equal(a, b)
+        results = []
+        for each in (alone.train(training), other.train(training)):
+            torch.manual_seed(1)
+            y = each(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(each.parameters()))])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), alone.buffers()))
     zero = replaced(model, lambda call: torch.zeros_like, x).eval()
     assert torch.equal(zero(x), zero(-x))    # nothing passes but through sites
@@ -160,7 +156,6 @@ def test_a_call_keeps_its_site():
 
 @pytest.mark.filterwarnings('ignore:Using `torch.compile')
 @pytest.mark.parametrize('make', [
-    lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, activation=nn.GELU(), batch_first=True),
     lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
     lambda: torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend='eager')])
 def test_short_cuts_of_pytorch(make):
@@ -172,72 +167,49 @@ def test_short_cuts_of_pytorch(make):
     assert len(calls) == len(other.sites) > 0
 
 
-class Own(torch.autograd.Function):
-    """An activation with a backward of its own."""
-    @staticmethod
-    def forward(ctx, x):
-        return F.relu(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
+RELU, SIGMOID = nn.ReLU(inplace=True), nn.Sigmoid()
 
 
 @pytest.mark.filterwarnings('ignore:None of the inputs')
-def test_what_is_left_alone_is_said():
-    """Gates, what `only` leaves out, and calls whose gradient would not reach the site."""
-    x, model = torch.randn(2, 6), nn.Sequential(nn.ReLU(), nn.SiLU(), nn.Sigmoid(), nn.PReLU())
-    assert replaced(model, same, x).describe() == '2 sites: 1 relu, 1 silu; left alone: 1 sigmoid, 1 prelu'
-    assert replaced(model, same, x, 'relu, sigmoid').describe().startswith('2 sites: 1 relu, 1 sigmoid; left')
-    for hidden in (Own.apply, lambda x: checkpoint(F.relu, x, use_reentrant=True)):
-        model = Net(lambda x: F.gelu(hidden(x)))
-        assert replaced(model, same, x).describe() == '1 site: 1 gelu; left alone: 1 relu without gradient'
-    recurrent = nn.Sequential(nn.ReLU(), nn.RNN(6, 6, nonlinearity='relu'))
-    assert replaced(recurrent, same, x).describe() == '1 site: 1 relu; left alone: 1 rnn_relu'
-    for only, message in (('rleu', 'did you mean relu'), ('gelu', 'no activation to .*left alone: 1 relu')):
-        with pytest.raises(ValueError, match=message):
-            replaced(recurrent, same, x, only)
+@pytest.mark.parametrize('layers, only, described', [
+    ([RELU, SIGMOID, nn.PReLU()], None, '1 site: 1 relu; left alone: 1 sigmoid, 1 prelu'),
+    ([RELU, SIGMOID], 'relu, sigmoid', '2 sites: 1 relu, 1 sigmoid'),
+    ([RELU, nn.SiLU()], 'silu', '1 site: 1 silu; left alone: 1 relu'),
+    ([RELU, nn.RNN(6, 6, nonlinearity='relu')], None, '1 site: 1 relu; left alone: 1 rnn_relu'),
+    ([Net(lambda x: F.gelu(checkpoint(F.relu, x, use_reentrant=True)))], None,
+     '1 site: 1 gelu; left alone: 1 relu without gradient')])
+def test_what_is_left_alone_is_said(layers, only, described):
+    """Gates, what `only` leaves out, and calls whose gradient would not reach the site. FAULTS 4."""
+    x = -torch.ones(2, 6)
+    assert replaced(nn.Sequential(*layers), same, x, only).describe() == described
+    assert torch.equal(x, -torch.ones(2, 6))    # the example is not written into
 
 
-def compiled(what):
+def scripted(what):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')    # torch.jit is deprecated, but met
         return torch.jit.script(what)
 
 
-@pytest.mark.parametrize('make', [
-    lambda: Net(compiled(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))), lambda: Net(compiled(F.silu)),
-    lambda: Net(lambda x: F.relu(torch._addmm_activation(torch.zeros(6), x, torch.eye(6)))),
-    lambda: Net(lambda x: F.gelu(checkpoint(F.relu, x, use_reentrant=False)))])
-def test_out_of_reach(make):
-    """Activations that do not pass Python, or again in backward, cannot be replaced: an error, not a part."""
-    with pytest.raises((ValueError, RuntimeError), match='out of reach'):
-        replaced(make(), same, torch.randn(5, 6))
-
-
-def test_recording_leaves_no_trace():
-    """Buffers (also expanded ones), modes, attributes and all random numbers are as before."""
-    class Odd(Net):
-        def forward(self, x):
-            self.calls = random.random() + np.random.rand()
-            return super().forward(x) + self.mask[0]
-    model, x = Odd(nn.ReLU()), torch.randn(5, 6)
-    model.register_buffer('mask', torch.zeros(1).expand(4, 3))
-    model.norm.eval()
-    state, torchs, python = copy.deepcopy(model.state_dict()), torch.get_rng_state(), random.getstate()
-    np.random.seed(0)
-    replaced(model, same, x)
-    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-    assert torch.equal(torchs, torch.get_rng_state()) and python == random.getstate()
-    assert np.random.rand() == np.random.RandomState(0).rand()
-    assert model.training and not model.norm.training and not hasattr(model, 'calls')
+@pytest.mark.parametrize('middle, only, message', [
+    (SIGMOID, None, 'calls no activation .*left alone: 1 sigmoid'), (RELU, 'rleu', 'did you mean relu'),
+    (scripted(nn.Sequential(nn.Linear(6, 6), nn.ReLU())), None, 'out of reach: 2 relu'),
+    (lambda x: F.relu(torch._addmm_activation(torch.zeros(6), x, torch.eye(6))), None, 'reach: 2 addmm_act'),
+    (lambda x: F.gelu(checkpoint(F.relu, x, use_reentrant=False)), None, 'checkpoint.* out of reach')])
+def test_what_cannot_be_replaced(middle, only, message):
+    """Also activations that do not pass Python, or pass again in backward: an error, not a part. FAULTS 1."""
+    with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+        replaced(Net(middle), same, torch.randn(5, 6), only)
+    assert '\n' not in str(caught.value)
 
 
 def test_a_replaced_network_is_a_module():
-    """One shared function counts once; copy, state, modes, empty batches, half and double, lazy layers."""
-    shared, x = nn.PReLU(), torch.randn(5, 6)
-    other = replaced(Net(nn.Sequential(nn.ReLU(), nn.GELU())), lambda call: shared, x).eval()
-    twin = copy.deepcopy(other)
+    """One shared function counts once; copy, state, modes, empty batches, half and double precision."""
+    shared, x, model = nn.PReLU(), torch.randn(5, 6), Net(nn.Sequential(nn.ReLU(), nn.GELU()))
+    model.norm.eval()
+    other = replaced(model, lambda call: shared, x)
+    assert model.training and not model.norm.training
+    twin = copy.deepcopy(other.eval())
     assert size(other) == size(other.model) + 1 and len(other.sites) == 2 and not twin.sites[0].training
     nn.init.constant_(shared.weight, 7)
     assert not torch.equal(other(x), twin(x))
@@ -246,14 +218,12 @@ def test_a_replaced_network_is_a_module():
     with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
         assert other(x).dtype == torch.bfloat16
     assert other.double()(x.double()).dtype == torch.float64
-    lazy = replaced(nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.ReLU()), same, x)
-    assert lazy(x).shape == (5, 4) and size(lazy) == 36 and lazy.model[0].in_features == 6
 
 
 # ---- --model ----
 
 def config(model, **more):
-    return SimpleNamespace(model=model, context=8, dropout=0.0, **more)
+    return SimpleNamespace(**{**dict(model=model, context=8, dropout=0.0, compile=False), **more})
 
 
 def images(side=32, classes=5):
@@ -264,24 +234,19 @@ def images(side=32, classes=5):
 TEXT = SimpleNamespace(name='letters', kind='text', classes=11, train=torch.randint(11, (99,)).byte())
 
 
-@pytest.mark.parametrize('side', [16, 32])
-@pytest.mark.parametrize('name, sites', [('resnet20', 19), ('vit_tiny', 12), ('toy', 1)])
-def test_networks_for_images(name, sites, side):
-    """Ours take the shape of the data; text is refused in one line; every site has its module."""
+@pytest.mark.parametrize('name, side, sites', [('resnet20', 32, 19), ('vit_tiny', 16, 12), ('toy', 16, 1)])
+def test_networks_for_images(name, side, sites):
+    """Ours take the shape of the data; every site has its module."""
     model = network(config(name), nn.Mish, images(side))
     assert model(images(side).train[0].float()).shape == (4, 5)
     assert sum(isinstance(m, nn.Mish) for m in model.modules()) == sites
-    with pytest.raises(ValueError, match=f'--model {name} with --data letters: this network reads images'):
-        network(config(name), nn.ReLU, TEXT)
 
 
 @pytest.mark.parametrize('name', ['minigpt', 'elman', 'gru'])
 def test_networks_for_text(name):
     """A later token does not change earlier logits, else the network would see what it has to predict."""
-    model, tokens = network(config(name), nn.GELU, TEXT), torch.randint(11, (1, 8))
-    other = tokens.clone()
-    other[0, 5] = (other[0, 5] + 1) % 11
-    before, after = model(tokens), model(other)
+    model, tokens = network(config(name), nn.GELU, TEXT), torch.arange(8)[None]
+    before, after = model(tokens), model(tokens + torch.arange(8).ge(5))
     assert before.shape == (1, 8, 11)
     assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])
 
@@ -292,20 +257,19 @@ class Own(nn.Module):
         super().__init__()
         self.f = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.LazyLinear(5))
     def forward(self, x):
-        """
+        return """
 
 
 @pytest.mark.parametrize('place, source, message', [
     ('resnet21', '', 'unknown model .*did you mean resnet'), ('nowhere.py:make', '', 'no such file'),
-    ('minigpt', '', 'reads text'), ('own.py', '', 'no such file'),
+    ('minigpt', '', '--model minigpt with --data pictures: this network reads text'),
     ('own.py:make', 'import nothing', "own.py, line 1, ModuleNotFoundError: No module named 'nothing'"),
-    ('own.py:make', 'def make(: pass', 'SyntaxError'), ('own.py:make', 'raise SystemExit(3)', 'SystemExit'),
+    ('own.py:make', 'raise SystemExit(3)', 'SystemExit'),
     ('own.py:make', 'def mike(): pass', "no function 'make' in it .did you mean mike"),
-    ('own.py:make', 'def make():\n    return 1 / 0', 'own.py, line 2, ZeroDivisionError'),
-    ('own.py:Own', OWN + 'return self.f(x), 1', 'returns tuple in training mode; wanted: .2, 5'),
-    ('own.py:Own', OWN + 'return self.f(x) if self.training else None', 'returns NoneType in eval mode'),
-    ('own.py:Own', OWN + 'return self.f(x)[:, 1:]', r'given \(2, 3, 32, 32\), it returns \(2, 4\)'),
-    ('own.py:Own', OWN + 'return self.f(x) @ x', 'own.py, line 7, RuntimeError')])
+    ('own.py:Own', OWN + 'self.f(x), 1', 'returns tuple in training mode; wanted: .2, 5'),
+    ('own.py:Own', OWN + 'self.f(x) if self.training else None', 'returns NoneType in eval mode'),
+    ('own.py:Own', OWN + 'self.f(x)[:, 1:]', r'given \(2, 3, 32, 32\), it returns \(2, 4\)'),
+    ('own.py:Own', OWN + 'self.f(x) @ x', 'own.py, line 7, RuntimeError')])
 def test_errors_are_one_line(place, source, message, tmp_path, monkeypatch):
     """The cause, where it is, and what is wanted. FAULTS 11."""
     monkeypatch.chdir(tmp_path)
@@ -316,9 +280,8 @@ def test_errors_are_one_line(place, source, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('package', [True, False])
-def test_own_file_sees_its_neighbours(package, tmp_path, monkeypatch):
+def test_own_file_sees_its_neighbours(package, tmp_path):
     """`models` and `data` beside the file are the user's, ours stay ours, changes count. FAULTS 6, 8, 9."""
-    monkeypatch.setattr(sys, 'dont_write_bytecode', False)
     (tmp_path / 'models').mkdir()
     (tmp_path / 'models' / 'small.py').write_text(
         'import torch.nn as nn\ndef small():\n    return nn.Sequential(nn.ReLU6(), nn.LeakyReLU(0.2))\n')
@@ -336,28 +299,19 @@ def test_own_file_sees_its_neighbours(package, tmp_path, monkeypatch):
     assert hasattr(data, 'load') and __import__('models') is models
     (tmp_path / 'unrelated.py').write_text('x = 1')
     assert len(digest) == 8 and source_digest(place) == digest and source_digest('resnet20') == ''
-    time = (tmp_path / 'data.py').stat().st_mtime
-    (tmp_path / 'data.py').write_text('CLASSES = 6\n')    # as long as before, within the same second
-    os.utime(tmp_path / 'data.py', (time, time))
-    assert network(config(place), same, images(classes=6)) and source_digest(place) != digest
+    (tmp_path / 'data.py').write_text('CLASSES = 60\n')
+    assert network(config(place), same, images(classes=60)) and source_digest(place) != digest
 
 
-@pytest.mark.parametrize('name, count, described', [
-    ('resnet18', 11181642, '17 sites: 17 relu'), ('mobilenet_v2', 2236682, '35 sites: 35 relu6'),
-    ('mobilenet_v3_small', 1528106, '33 sites: 19 hardswish, 14 relu; left alone: 9 hardsigmoid'),
-    ('googlenet', 5610154, '57 sites: 57 relu')])
-def test_torchvision(name, count, described, capsys):
-    """Networks of torchvision, untouched: sizes with ten classes, all activations, one step, one note."""
+@pytest.mark.parametrize('name, described', [
+    ('resnet18', '17 sites: 17 relu'), ('mobilenet_v2', '35 sites: 35 relu6'),
+    ('googlenet', '57 sites: 57 relu'),
+    ('mobilenet_v3_small', '33 sites: 19 hardswish, 14 relu; left alone: 9 hardsigmoid')])
+def test_torchvision(name, described, capsys):
+    """Networks of torchvision, untouched: all activations, one step, nothing written in place, one note."""
     pytest.importorskip('torchvision', reason='torchvision is optional: pip install torchvision')
     model, _ = (network(config(f'torchvision:{name}'), same, images(classes=10)) for _ in range(2))
-    assert size(model) == count and model.describe() == described
+    assert model.describe() == described and not model.reread
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert capsys.readouterr().err.count('224') == 1
-
-
-def test_names():
-    """Every network has a standard activation."""
-    assert set(STANDARD) == set(MODELS)
-    assert [STANDARD[name] for name in ('resnet56', 'vit_base', 'tinygpt', 'gru', 'toy')] == [
-        'relu', 'gelu', 'gelu', 'tanh', 'relu']

@@ -2,7 +2,6 @@
 import json
 import struct
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,13 +11,10 @@ import search
 from test_evaluate import rows
 from test_search import refused, run
 
-
 def size(path) -> tuple[int, int]:
     """Width and height of a PNG file that is more than an empty canvas."""
-    content = Path(path).read_bytes()
-    assert content[:8] == b'\x89PNG\r\n\x1a\n' and len(content) > 15_000
+    assert len(content := path.read_bytes()) > 15_000
     return struct.unpack('>II', content[16:24])
-
 
 def test_picture_of_a_search(tmp_path, capsys):
     """Of a finished run, of one that was killed while it wrote a line, and of one that has not begun."""
@@ -34,22 +30,16 @@ def test_picture_of_a_search(tmp_path, capsys):
     (tmp_path / 'log.jsonl').write_bytes(log[0])
     assert 'no step yet' in refused(['--plot', tmp_path], capsys)
 
-
-def test_picture_of_a_comparison(tmp_path):
-    """From a ledger, also where runs diverged or only a network's own calls were trained."""
+def test_comparison(tmp_path, monkeypatch, capsys):
+    """From a ledger, also where runs diverged: a '-' and no dot. One line says how to get matplotlib."""
     pytest.importorskip('matplotlib', reason='pictures need matplotlib')
-    ledger, picture = tmp_path / 'ledger', tmp_path / 'comparison.png'
-    for row in [*rows('relu', 0.5, 0.6), *rows('silu', 0.6, None), *rows('bad', None, None)]:
-        evaluate.append(ledger, row)
+    ledger, picture, bad = tmp_path / 'ledger', tmp_path / 'comparison.png', rows('bad', None, None)
+    ledger.write_text(''.join(json.dumps(row) + '\n' for row in [*rows('relu', 0.5, 0.6), *bad]))
     evaluate.main(['--report', str(ledger), '--plot', str(picture)])
-    assert size(picture) == (1500, 460)
-    own = [{**row, 'expression': 'own'} for row in rows('own', 0.5, model='nets.py:make')]
-    assert size(plot.comparison(own, picture)) == (1500, 460)
-
-
-def test_without_matplotlib(tmp_path, monkeypatch, capsys):
-    """One line that says what to install."""
+    words = capsys.readouterr().out.splitlines()[-2].replace('|', ' ').split()
+    assert size(picture) == (1500, 460) and words == ['bad', '2', '-', '-', '-', '0/0', '-', '-', '2', '2']
+    own = [{**row, 'expression': 'own'} for row in rows('own', 0.5)]
+    assert size(plot.comparison(own, picture)) == size(plot.comparison(bad, picture)) == (1500, 460)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    (tmp_path / 'ledger').write_text(json.dumps(rows('relu', 0.5)[0]))
-    for main, *words in (search.main, tmp_path), (evaluate.main, 'p', '--report', tmp_path / 'ledger'):
-        assert 'pip install matplotlib' in refused(['--plot', *words], capsys, main=main)
+    for main, *options in (search.main, tmp_path), (evaluate.main, 'p', '--report', ledger):
+        assert 'pip install matplotlib' in refused(['--plot', *options], capsys, main=main)

@@ -1,0 +1,156 @@
+"""The preset `evening` from end to end: searches, and what they found trained beside known functions.
+
+    python results/evening.py --data-dir FOLDER --workers 2 --minutes 600
+    python results/evening.py --report
+
+Everything is done once: a search that was cut is resumed, a finished training is a line of results/evening.jsonl,
+so the same command goes on. FOLDER holds CIFAR-10 and TinyStories. In this order, a job a worker:
+
+    tune       the standard activation at three learning rates, seed 90; the best is used for all trainings
+    searches   two a network by our default (`ours`), two by the paper's procedure (`--method paper`)
+    trainings  what was found, known functions and a random one, seeds 0 to 2
+    lengths    eight functions at a quarter and four times (resnet20: a sixteenth) of the steps, seeds 0 to 2
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Iterator
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+LEDGER, RUNS = HERE / 'evening.jsonl', HERE.parent / 'runs'
+NETWORKS = {'minigpt': (1e-3, 3e-3, 6e-3), 'vit_tiny': (5e-4, 1e-3, 2e-3), 'resnet20': (0.05, 0.1, 0.2)}
+STANDARD = {'minigpt': 'gelu', 'vit_tiny': 'gelu', 'resnet20': 'relu'}
+KNOWN = {'minigpt': ['grafs_gpt_1', 'add(relu(x), min0(sub(square(x), sigmoid(x))))'], 'vit_tiny': ['grafs_vit'],
+         'resnet20': ['grafs_resnet_1']}
+BASELINES = ['relu', 'gelu', 'silu', 'elu', 'relu2']
+LENGTHS = {'minigpt': (500, 8000), 'resnet20': (488, 1950)}
+
+
+def work(connection: Any, data_dir: str, k: int) -> None:
+    """A worker: gets jobs (kind, arguments) until there are no more, and says when each is done."""
+    sys.stdout = sys.stderr = open(RUNS / f'worker{k}.log', 'a', buffering=1)
+    import functools
+    import torch
+    import data
+    import evaluate
+    import search
+    torch.set_num_threads(1)
+    data.load = functools.cache(data.load)
+    for kind, job in iter(connection.recv, None):
+        try:
+            if kind == 'search':
+                network, method, seed = job
+                folder = RUNS / f'{network}-{method}-{seed}'
+                options = ['--model', network, '--preset', 'evening', '--method', method, '--seed', str(seed)]
+                if network == 'minigpt' and method == 'paper':
+                    options += ['--arch-lr', '1e-3', '--warmstart', '0.1']
+                again = ['--resume', str(folder), '--data-dir', data_dir]
+                new = [*options, '--data-dir', data_dir, '--out', str(folder)]
+                search.main(again if (folder / 'checkpoint.pt').exists() else new)
+            else:
+                network, name, seed, changes = job
+                given = dict(model=network, preset='evening', data_dir=data_dir, out=str(LEDGER), **changes)
+                config = evaluate.configure(evaluate.Training, evaluate.PRESETS, given)
+                evaluate.evaluate(dict([evaluate.resolve(name)]), config, [seed])
+        except SystemExit:
+            pass  # its one line is in the log
+        connection.send(job)
+
+
+def best_rate(network: str, rows: list[dict[str, Any]]) -> float:
+    """Of the standard's learning rates that with the lowest test loss on the seed 90, which is used nowhere else."""
+    tuned = [row for row in rows if row['seed'] == 90 and row['settings']['model'] == network]
+    return min(tuned, key=lambda row: row['test_loss'] or 99)['settings']['lr']
+
+
+def jobs(rows: list[dict[str, Any]]) -> Iterator[tuple[str, tuple]]:
+    """What can be done now, the most important first; what is in the ledger is included."""
+    for network, rates in NETWORKS.items():
+        yield from (('train', (network, STANDARD[network], 90, {'lr': rate})) for rate in rates)
+    searches = [(network, method, seed) for seed in (0, 1) for network in reversed(NETWORKS)
+                for method in ('ours', 'paper')]
+    ended = {s: (RUNS / '{}-{}-{}'.format(*s) / 'activation.json').exists() for s in searches}
+    yield from (('search', s) for s in searches if not ended[s])
+    tuned = {n: sum(row['seed'] == 90 and row['settings']['model'] == n for row in rows) for n in NETWORKS}
+    for network in (n for n in NETWORKS if tuned[n] == len(NETWORKS[n])):
+        rate = {'lr': best_rate(network, rows)}
+        found = [str(RUNS / '{}-{}-{}'.format(*s)) for s in searches if s[0] == network and ended[s]]
+        names = [STANDARD[network], *found, *BASELINES, *KNOWN[network], 'random_0']
+        yield from (('train', (network, name, seed, rate)) for seed in range(3) for name in dict.fromkeys(names))
+        if all(ended[s] for s in searches if s[0] == network):
+            names = [STANDARD[network], *found[:1], 'relu', 'relu2', 'elu', 'silu', *KNOWN[network], 'random_0']
+            yield from (('train', (network, name, seed, rate | {'steps': steps}))
+                        for steps in LENGTHS.get(network, ()) for seed in range(3) for name in dict.fromkeys(names))
+
+
+def master(data_dir: str, workers: int, minutes: float) -> None:
+    from evaluate import read_ledger
+    RUNS.mkdir(exist_ok=True)
+    started, busy, begun = time.monotonic(), {}, set()
+    context = multiprocessing.get_context('spawn')
+    for k in range(workers):
+        ours, theirs = context.Pipe()
+        context.Process(target=work, args=(theirs, data_dir, k), daemon=True).start()
+        busy[ours] = False
+    while (left := 60 * minutes - (time.monotonic() - started)) > 0:
+        todo = [job for job in jobs(read_ledger(LEDGER)) if repr(job) not in begun]
+        if not todo and not any(busy.values()):
+            break
+        for connection, job in zip([c for c in busy if not busy[c]], todo):
+            begun.add(repr(job))
+            busy[connection] = True
+            connection.send(job)
+        for connection in wait([c for c in busy if busy[c]], timeout=min(left, 5)):
+            print(f'{time.monotonic() - started:5.0f} s', connection.recv(), flush=True)
+            busy[connection] = False
+
+
+def report() -> str:
+    """The tables of the trainings, and how the differences to the standard shrink with length."""
+    from evaluate import read_ledger
+    from plot import by_name, compare
+    from plot import report as tables
+    rows = [row for row in read_ledger(LEDGER) if row['seed'] < 90]
+    text = [tables([row for row in rows if row['settings']['steps'] not in LENGTHS.get(
+        row['settings']['model'], ())])]
+    for network, lengths in LENGTHS.items():
+        own = [row for row in rows if row['settings']['model'] == network]
+        every = sorted({row['settings']['steps'] for row in own})
+        groups = {steps: by_name([row for row in own if row['settings']['steps'] == steps]) for steps in every}
+        text += ['', f'| {network}: test loss minus that of {STANDARD[network]} |' + ''.join(
+            f' {steps} steps |' for steps in every), '|---' * (len(every) + 1) + '|']
+        for name in min(groups.values(), key=len, default={}):
+            cells = []
+            for steps in every:
+                mine, base = ({seed: row['test_loss'] for seed, row in groups[steps].get(key, {}).items()
+                               if not row['diverged']} for key in (name, STANDARD[network]))
+                n, mean, half = compare(mine, base)
+                cells.append(f'{mean:+.4f} +- {half:.4f}' if n > 1 else '-')
+            text.append(f"| {name} | {' | '.join(cells)} |")
+    for network in NETWORKS:
+        tuned = sorted((row['settings']['lr'], row['test_loss']) for row in read_ledger(LEDGER)
+                       if row['seed'] == 90 and row['settings']['model'] == network)
+        seconds = sum(row['seconds'] for row in rows if row['settings']['model'] == network)
+        text.append(f'{network}: test loss of {STANDARD[network]} by learning rate {tuned}; {seconds / 3600:.1f} h')
+    return '\n'.join(text)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data-dir', help='folder with CIFAR-10 and TinyStories')
+    parser.add_argument('--workers', type=int, default=2, help='processes, a thread each (2)')
+    parser.add_argument('--minutes', type=float, default=600, help='then stop, to go on another time (600)')
+    parser.add_argument('--report', action='store_true', help='print the tables, train nothing')
+    given = parser.parse_args()
+    print(report() if given.report else '', end='\n' * given.report)
+    if not given.report:
+        master(os.path.abspath(given.data_dir), given.workers, given.minutes)
