@@ -192,7 +192,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradient
         #    over without writing a .grad anywhere, and the weights are constants.
         if collect or config.warm_alphas or not warm:
-            gradients, slopes = [torch.zeros_like(p) for p in architecture], torch.zeros(())
+            gradients = [torch.zeros_like(p) for p in architecture]
+            slopes = torch.zeros((), device=gradients[0].device)
             for _ in range(config.accumulate):
                 x, y = next(val_batches)
                 cell.tabulate(standard=collect)
@@ -265,8 +266,8 @@ def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
     still on the first inputs: 0.6 of the second moment is variance, a quarter of the inputs has a slope.
     """
     def pool(values: Tensor, grid: Tensor) -> Tensor:  # spread linearly onto the points of the space
-        away = (grid.double().clamp(-limit, limit)[:, None] - space.x).abs() / step
-        return values.double() @ (1 - away).clamp(min=0)
+        away = (grid.cpu().double().clamp(-limit, limit)[:, None] - space.x).abs() / step
+        return values.cpu().double() @ (1 - away).clamp(min=0)
     limit, step, bins = space.x[-1].item(), (space.x[1] - space.x[0]).item(), cell.grid[cell.bins]
     gradient, density, early = pool(cell.gradient, cell.grid), pool(cell.inputs, bins), pool(cell.early, bins)
     density, early = density / density.sum(), early / early.sum()
@@ -301,7 +302,7 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
     for f in (Activation(tree, config.clip) for tree in trees):
         new = len(found) < config.candidates and distance(f, cell.standard, False) > 0.01
         found += [f] if new and nonlinearity(f) > bend else []
-    return found or [Activation(cell.tree(), config.clip)]
+    return [f.to(cell.grid.device) for f in found or [Activation(cell.tree(), config.clip)]]
 
 
 def in_its_place(f: Activation, cell: Cell) -> Callable[[Tensor], Tensor]:

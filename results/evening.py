@@ -3,8 +3,8 @@
     python results/evening.py --data-dir FOLDER --workers 2 --minutes 600
     python results/evening.py --report
 
-Everything is done once: a search that was cut is resumed, a finished training is a line of results/evening.jsonl,
-so the same command goes on. FOLDER holds CIFAR-10 and TinyStories. In this order, a job a worker:
+Everything is done once: a search that was cut is resumed, a finished training is a line of
+results/evening.jsonl, so the same command goes on. FOLDER holds CIFAR-10 and TinyStories. In this order, a job a worker:
 
     tune       the standard activation at three learning rates, seed 90; the best is used for all trainings
     searches   two a network by our default (`ours`), two by the paper's procedure (`--method paper`)
@@ -15,9 +15,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import time
+import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Iterator
@@ -29,8 +29,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 LEDGER, RUNS = HERE / 'evening.jsonl', HERE.parent / 'runs'
 NETWORKS = {'minigpt': (1e-3, 3e-3, 6e-3), 'vit_tiny': (5e-4, 1e-3, 2e-3), 'resnet20': (0.05, 0.1, 0.2)}
 STANDARD = {'minigpt': 'gelu', 'vit_tiny': 'gelu', 'resnet20': 'relu'}
-KNOWN = {'minigpt': ['grafs_gpt_1', 'add(relu(x), min0(sub(square(x), sigmoid(x))))'], 'vit_tiny': ['grafs_vit'],
-         'resnet20': ['grafs_resnet_1']}
+KNOWN = {'minigpt': ['grafs_gpt_1', 'add(relu(x), min0(sub(square(x), sigmoid(x))))'],
+         'vit_tiny': ['grafs_vit'], 'resnet20': ['grafs_resnet_1']}
 BASELINES = ['relu', 'gelu', 'silu', 'elu', 'relu2']
 LENGTHS = {'minigpt': (500, 8000), 'resnet20': (488, 1950)}
 
@@ -61,13 +61,13 @@ def work(connection: Any, data_dir: str, k: int) -> None:
                 given = dict(model=network, preset='evening', data_dir=data_dir, out=str(LEDGER), **changes)
                 config = evaluate.configure(evaluate.Training, evaluate.PRESETS, given)
                 evaluate.evaluate(dict([evaluate.resolve(name)]), config, [seed])
-        except SystemExit:
-            pass  # its one line is in the log
+        except (Exception, SystemExit):  # the others go on; what happened is in the log
+            traceback.print_exc()
         connection.send(job)
 
 
 def best_rate(network: str, rows: list[dict[str, Any]]) -> float:
-    """Of the standard's learning rates that with the lowest test loss on the seed 90, which is used nowhere else."""
+    """The standard's best learning rate, by test loss on the seed 90, which is used nowhere else."""
     tuned = [row for row in rows if row['seed'] == 90 and row['settings']['model'] == network]
     return min(tuned, key=lambda row: row['test_loss'] or 99)['settings']['lr']
 
@@ -85,11 +85,12 @@ def jobs(rows: list[dict[str, Any]]) -> Iterator[tuple[str, tuple]]:
         rate = {'lr': best_rate(network, rows)}
         found = [str(RUNS / '{}-{}-{}'.format(*s)) for s in searches if s[0] == network and ended[s]]
         names = [STANDARD[network], *found, *BASELINES, *KNOWN[network], 'random_0']
-        yield from (('train', (network, name, seed, rate)) for seed in range(3) for name in dict.fromkeys(names))
+        names = dict.fromkeys(names)  # each once
+        yield from (('train', (network, name, seed, rate)) for seed in range(3) for name in names)
         if all(ended[s] for s in searches if s[0] == network):
-            names = [STANDARD[network], *found[:1], 'relu', 'relu2', 'elu', 'silu', *KNOWN[network], 'random_0']
+            few = dict.fromkeys([STANDARD[network], *found[:1], *BASELINES, *KNOWN[network], 'random_0'])
             yield from (('train', (network, name, seed, rate | {'steps': steps}))
-                        for steps in LENGTHS.get(network, ()) for seed in range(3) for name in dict.fromkeys(names))
+                        for steps in LENGTHS.get(network, ()) for seed in range(3) for name in few)
 
 
 def master(data_dir: str, workers: int, minutes: float) -> None:
@@ -140,7 +141,8 @@ def report() -> str:
         tuned = sorted((row['settings']['lr'], row['test_loss']) for row in read_ledger(LEDGER)
                        if row['seed'] == 90 and row['settings']['model'] == network)
         seconds = sum(row['seconds'] for row in rows if row['settings']['model'] == network)
-        text.append(f'{network}: test loss of {STANDARD[network]} by learning rate {tuned}; {seconds / 3600:.1f} h')
+        text.append(f'{network}: test loss of {STANDARD[network]} by learning rate {tuned}; '
+                    f'{seconds / 3600:.1f} h of training')
     return '\n'.join(text)
 
 
