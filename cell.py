@@ -20,11 +20,9 @@ POINTS, LIMIT = 8193, 12.0
 PIECE = 1 << 18  # elements that a CPU looks up at a time: what one operation writes, the next finds in cache
 INDEX = torch.empty(PIECE, dtype=torch.int64)  # for all of them: fresh memory costs more than the arithmetic
 
-
 def uniform_grid(points: int = POINTS, limit: float = LIMIT) -> Tensor:
     """(points,) from -limit to limit, symmetric."""
     return (torch.arange(points) - (points - 1) / 2) * (2 * limit / (points - 1))
-
 
 @torch.no_grad()
 def lines(values: Tensor, limit: float = LIMIT) -> Tensor:
@@ -33,7 +31,6 @@ def lines(values: Tensor, limit: float = LIMIT) -> Tensor:
     left = torch.arange(steps, device=values.device) - steps / 2  # end of an interval, in steps from 0
     return torch.complex(values[..., :-1] - rise * left, rise * (steps / (2 * limit)))
 
-
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat views in the order of memory, piece by piece (one on a GPU), all laid out as the last tensor."""
     to = tensors[-1]
@@ -41,12 +38,10 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     same = (x if x.stride() == to.stride() else torch.empty_like(to, dtype=x.dtype).copy_(x) for x in tensors)
     return zip(*(x.as_strided((x.numel(),), (1,)).split(size) for x in same))
 
-
 def in_rows(index: Tensor) -> Tensor:
     """(n,) int16 -> (up to 16, the rest) int64: gather and scatter are parallel along rows."""
     long = INDEX[:len(index)].copy_(index) if index.is_cpu else index.long()
     return long.view(math.gcd(len(index), 16), -1)
-
 
 class Lookup(torch.autograd.Function):
     """f(x) for a function f known by its values on a uniform grid: linear in between, extrapolated beyond.
@@ -80,10 +75,8 @@ class Lookup(torch.autograd.Function):
         half = sums.sum(0) / 2
         return F.pad(half, (0, 1)) + F.pad(half, (1, 0)) if to_values else None, None, None, dx
 
-
 SAMPLERS, NORMALISERS = ('dirichlet', 'shared', 'mean', 'softmax'), ('none', 'scale', 'centre')
 BINS, SAMPLE = 256, 2048  # the histogram of a site's inputs: its bins, and how many inputs a step adds
-
 
 class Cell(nn.Module):
     """The relaxed cell of all sites of a network; `activation=cell.site` makes the network's activations.
@@ -251,7 +244,6 @@ class Cell(nn.Module):
     def set_extra_state(self, state: list[list[int]]) -> None:
         self.active = [list(active) for active in state]
 
-
 class Site(nn.Module):
     """One place in the network where the activation stands. Any shape in, the same shape out."""
     def __init__(self, cell: Cell, index: int):
@@ -270,7 +262,6 @@ class Site(nn.Module):
             bins = sample.nan_to_num(0.0).clamp(0, BINS - 1).long()
             cell.seen[self.index].mul_(0.9).scatter_add_(0, bins, torch.full_like(sample, 0.1 / SAMPLE))
         return cell.functions[self.index](x)
-
 
 @torch.no_grad()
 def blame(model: nn.Module, cell: Cell, x: Tensor) -> dict[str, Any]:

@@ -44,7 +44,6 @@ def option(default: Any, help: str = '', kind: Optional[Callable] = None, choice
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices or None,
                                                             kind=kind or type(default)))
 
-
 def number(low: float, kind: type = int) -> Callable[[str], Any]:
     """For `option`: text -> a number of that kind, from `low` to 1e12."""
     def parse(text: str) -> Any:
@@ -52,7 +51,6 @@ def number(low: float, kind: type = int) -> Callable[[str], Any]:
             return value
         raise argparse.ArgumentTypeError(f'{text} is out of range: from {low} up')
     return parse
-
 
 @dataclasses.dataclass
 class Training:
@@ -83,7 +81,6 @@ class Training:
     accumulate: int = option(1)         # batches whose gradients are averaged for one step
     grad_clip: float = option(1.0)      # bound on the norm of the gradient; 0: none
     dropout: float = option(0.0)        # of the GPTs
-
 
 AnyConfig = TypeVar('AnyConfig', bound=Training)
 Presets = dict[str, dict[str, dict[str, Any]]]  # name, network, settings
@@ -120,7 +117,6 @@ PRESETS: Presets = {
     },
 }
 
-
 class Parser(argparse.ArgumentParser):
     """Raises ValueError where argparse would print its usage and exit."""
 
@@ -140,7 +136,6 @@ class Parser(argparse.ArgumentParser):
             if help:
                 self.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, **takes,
                                   help=help + f" ({', '.join(shown)})" * bool(shown))
-
 
 def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) -> AnyConfig:
     """The defaults of `kind`, the network's preset, its changes in `presets`, what is given; absolute paths.
@@ -162,7 +157,6 @@ def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) ->
     config.device = check_device(config.device)
     return config
 
-
 def check_device(device: str) -> str:
     """The device, for 'auto' the best there is; under torchrun, whose ranks meet here, the rank's own.
     Raises ValueError when it is not there."""
@@ -179,7 +173,6 @@ def check_device(device: str) -> str:
             sys.stdout = open(os.devnull, 'w')  # the first rank speaks for all
     return device
 
-
 # ---- training ----
 
 def seed_everything(seed: int) -> None:
@@ -188,11 +181,9 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
 
-
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of (batch, classes) or (batch, time, vocabulary) logits."""
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
-
 
 def weight_optimizer(weights: list[nn.Parameter], config: Training) -> torch.optim.Optimizer:
     """Biases, norms and learned scalars (fewer than two dimensions) are not decayed by AdamW."""
@@ -202,11 +193,9 @@ def weight_optimizer(weights: list[nn.Parameter], config: Training) -> torch.opt
               dict(params=[p for p in weights if p.dim() < 2], weight_decay=0.0)]
     return torch.optim.AdamW([group for group in groups if group['params']], lr=config.lr, betas=(0.9, 0.99))
 
-
 def cosine(share: float, end: float) -> float:
     """Falls from 1 to `end` as the share of the training done goes from 0 to 1."""
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * share))
-
 
 def learning_rate(step: int, config: Training) -> float:
     """Linear warm-up, a cosine from lr to lr_end * lr, and a tenth of it after each milestone."""
@@ -214,11 +203,9 @@ def learning_rate(step: int, config: Training) -> float:
     tenths = 0.1 ** sum(step >= share * config.steps for share in config.lr_milestones)
     return config.lr * rise * tenths * cosine(step / config.steps, config.lr_end)
 
-
 def precision(config: Training, x: Tensor) -> contextlib.AbstractContextManager:
     """Around a forward pass of x: --dtype."""
     return torch.autocast(x.device.type, torch.bfloat16, config.dtype == 'bfloat16')
-
 
 def average(tensors: Iterable[Tensor]) -> None:
     """Under torchrun: each becomes its mean over the ranks, the same bits on all of them. Alone: nothing."""
@@ -228,7 +215,6 @@ def average(tensors: Iterable[Tensor]) -> None:
         means = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
         for tensor, mean in zip(tensors, means):
             tensor.copy_(mean.view_as(tensor))
-
 
 def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], Tensor],
           config: Training) -> list[list[float]]:
@@ -261,7 +247,6 @@ def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], 
     average(b for b in model.buffers() if b.is_floating_point())  # each rank has seen other batches
     return curve
 
-
 @torch.no_grad()
 def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
     """Mean loss of the network as it stands; accuracy too where targets are classes. Those of the logits may
@@ -282,7 +267,6 @@ def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], 
     average([result])  # each rank has its share of validation batches
     return dict(zip(('loss', 'accuracy'), result.tolist()))
 
-
 # ---- files and errors ----
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -294,7 +278,6 @@ def append(path: Path, row: dict[str, Any]) -> None:
         if file.write(line) != len(line):
             raise OSError(28, 'the disk is full', str(path))
 
-
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """The rows of a ledger. A line that is cut, or is no row, is skipped with a warning; no file: no rows."""
     rows = []
@@ -305,7 +288,6 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, RecursionError):
             print(f'warning: {path}, line {k} is cut or no row of a ledger; skipped', file=sys.stderr)
     return rows
-
 
 @contextlib.contextmanager
 def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
@@ -334,13 +316,11 @@ def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
     print(' '.join(line.split())[:600], file=sys.stderr)
     sys.exit(code)
 
-
 # ---- one run ----
 
 @functools.lru_cache
 def space_of(ops: str = 'base') -> Space:
     return Space(ops)
-
 
 def random_function(space: Space, seed: int) -> Tree:
     """The control that a search has to beat: any two distinct functions with any true join, but no line."""
@@ -352,7 +332,6 @@ def random_function(space: Space, seed: int) -> Tree:
         if nonlinearity(lambda x: values(tree, x, space.clip)) > 0.01:  # of a constant: nan
             return tree
     raise ValueError('these operations make nothing but constants and straight lines')
-
 
 def resolve(text: str) -> tuple[str, Activation]:
     """A run folder, a known name, an expression, or random_0, random_1 ... from the search space."""
@@ -366,7 +345,6 @@ def resolve(text: str) -> tuple[str, Activation]:
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return text, Activation(random_function(space_of(), int(match[1])))
     return text.replace(' ', ''), named(text)
-
 
 def retrain(activation: Optional[Activation], config: Training, dataset: data.Dataset,
             seed: int) -> dict[str, Any]:
@@ -393,7 +371,6 @@ def retrain(activation: Optional[Activation], config: Training, dataset: data.Da
             'train_loss': None if diverged else curve[-1][1], 'curve': curve, 'seconds': round(seconds, 1),
             'ms_step': round(1e3 * seconds / config.steps, 2), 'device': config.device,
             'threads': torch.get_num_threads(), 'torch': torch.__version__}
-
 
 def evaluate(activations: dict[str, Optional[Activation]], config: Training,
              seeds: Iterable[int]) -> list[dict[str, Any]]:
@@ -431,7 +408,6 @@ def evaluate(activations: dict[str, Optional[Activation]], config: Training,
         print(f'seed {seed}  {name[:50]:50s}  {result}  {left:.0f} min left', flush=True)
     return rows
 
-
 # ---- the command line ----
 
 def card(f: Activation) -> str:
@@ -453,7 +429,6 @@ def card(f: Activation) -> str:
                       f'under N(0, 1)    mean {(p * y).sum():.4g}, second moment {(p * y * y).sum():.4g}',
                       f'a million inputs {mine:.2f} ms, {mine / relu:.1f} x relu'])
 
-
 def seeds_of(text: str) -> range:
     """'5' is 0 to 4; '10:20' is 10 to 19, so that several machines can share the work."""
     match = re.fullmatch(r'(?:(\d{1,9}):)?(\d{1,9})', text)
@@ -461,7 +436,6 @@ def seeds_of(text: str) -> range:
     if not seeds:
         raise argparse.ArgumentTypeError(f'{text} is neither a number such as 5 nor a range such as 10:20')
     return seeds
-
 
 def main(arguments: Optional[list[str]] = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
@@ -503,7 +477,6 @@ def main(arguments: Optional[list[str]] = None) -> None:
         print('\n' + report(rows))
         if given['plot']:
             print(comparison(rows, Path(given['plot'])))
-
 
 if __name__ == '__main__':
     main()

@@ -31,7 +31,6 @@ Make = Callable[..., nn.Module]    # makes the module of one site
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 say_once = functools.cache(print)
 
-
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut, activation last (He et al., arXiv 1512.03385, section 4.2)."""
     def __init__(self, activation: Make, inputs: int, outputs: int):
@@ -48,7 +47,6 @@ class Block(nn.Module):
             shortcut = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, 0, self.new_channels))
         return self.act(self.body(x) + shortcut)
 
-
 class ResNet(nn.Sequential):
     """(n, channels, side, side) images -> (n, classes) logits. depth = 6 k + 2, with depth - 1 sites."""
     def __init__(self, activation: Make, depth: int = 20, classes: int = 10, channels: int = 3):
@@ -62,7 +60,6 @@ class ResNet(nn.Sequential):
                 nn.init.kaiming_normal_(m.weight)
         # channels_last makes convolutions on a CPU a fifth faster; every layer keeps the layout it is given
         self.to(memory_format=torch.channels_last)
-
 
 class TransformerBlock(nn.Module):
     """Attention, then a perceptron of four times the width, each after a layer norm. (n, tokens, width)."""
@@ -85,7 +82,6 @@ class TransformerBlock(nn.Module):
         y = self.project(y.transpose(1, 2).reshape(n, tokens, width))
         x = x + F.dropout(y, self.dropout, self.training)
         return x + F.dropout(self.down(self.act(self.up(self.norm2(x)))), self.dropout, self.training)
-
 
 class ViT(nn.Module):
     """(n, channels, side, side) images -> (n, classes) logits. After Touvron et al., arXiv 2012.12877, with
@@ -111,7 +107,6 @@ class ViT(nn.Module):
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
         return self.head(self.norm(self.blocks(x))[:, 0])
 
-
 class GPT(nn.Module):
     """(n, time) tokens -> (n, time, vocabulary) logits; time at most `context`. After nanoGPT: biases in the
     layer norms only, output weights tied to the embedding, residual projections scaled at the start."""
@@ -133,7 +128,6 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) + self.position.weight[:tokens.shape[1]]
         return self.head(self.norm(self.blocks(F.dropout(x, self.dropout, self.training))))
-
 
 class RNN(nn.Module):
     """(n, time) tokens -> (n, time, vocabulary) logits. One recurrent layer: Elman's or, `gated`, a GRU (Cho
@@ -160,7 +154,6 @@ class RNN(nn.Module):
             states.append(h)
         return self.head(torch.stack(states, 1))
 
-
 class Toy(nn.Module):
     """(n, ...) inputs, flattened -> (n, outputs). One hidden layer: for tests, and for planted functions."""
     def __init__(self, activation: Make, inputs: int = 16, hidden: int = 64, outputs: int = 1):
@@ -169,7 +162,6 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.act(self.first(x.flatten(1))))
-
 
 MODELS: dict[str, Make] = {
     **{f'resnet{depth}': functools.partial(ResNet, depth=depth) for depth in (20, 32, 44, 56, 110)},
@@ -182,12 +174,10 @@ MODELS: dict[str, Make] = {
 STANDARD = {name: {ViT: 'gelu', GPT: 'gelu', RNN: 'tanh'}.get(getattr(make, 'func', make), 'relu')
             for name, make in MODELS.items()}
 
-
 def build(name: str, activation: Make, **shape: Any) -> nn.Module:
     """The network of that name, its sites made by `activation`. shape: see the class. Raises ValueError."""
     check_choice('model', name, MODELS)
     return MODELS[name](activation, **shape)
-
 
 def teacher_and_student(planted: Make, searched: Make, inputs: int = 16, hidden: int = 64) -> tuple[Toy, Toy]:
     """A teacher with the planted activation; a student that keeps its first layer and learns the rest: were
@@ -206,7 +196,6 @@ def teacher_and_student(planted: Make, searched: Make, inputs: int = 16, hidden:
     student.first.requires_grad_(False)
     return teacher.eval().requires_grad_(False), student
 
-
 # ---- any other network ----
 
 ACTIVATIONS = ('relu', 'relu6', 'hardtanh', 'gelu', 'silu', 'leaky_relu', 'elu', 'selu', 'celu', 'hardswish',
@@ -216,16 +205,13 @@ OTHERS = ('prelu', 'rrelu', 'glu', 'softmax', 'lstm', 'gru', 'rnn_tanh', 'rnn_re
 KNOWN = {*ACTIVATIONS, *GATES, *OTHERS}
 FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')    # with something else
 
-
 def counted(names: Iterable[str]) -> str:
     return ', '.join(f'{count} {name}' for name, count in Counter(names).most_common())
-
 
 class Kernels(TorchDispatchMode):
     """Hands kernels to the `Catch`: an activation that came by no call (torch.jit, C++) is out of reach."""
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
-
 
 class Catch(TorchFunctionMode):
     """One forward pass of a `Replaced`: every activation call goes to its site, known by the modules around
@@ -273,7 +259,6 @@ class Catch(TorchFunctionMode):
             return y
         site = owner.site(key, call)
         return x.copy_(site(x.clone())) if in_place and owner.reread else site(x)
-
 
 class Replaced(nn.Module):
     """Any network, untouched, with a site in the place of every activation that it calls, module or function.
@@ -349,9 +334,7 @@ class Replaced(nn.Module):
         left = f'; left alone: {counted(self.left.values())}' if self.left else ''
         return f"{n} site{'s' * (n != 1)}: {counted(key[-2] for key in self.index)}{left}"
 
-
 replaced = Replaced
-
 
 # ---- the network that --model names ----
 
@@ -381,14 +364,12 @@ def own_network(model: str) -> tuple[nn.Module, str]:
     text = b''.join(Path(source).read_bytes() for source in sorted(sources))
     return network, hashlib.sha256(text).hexdigest()[:8]
 
-
 def source_digest(model: str) -> str:
     """The checksum of the user's files, by which a ledger tells versions apart; '' for other networks."""
     if model in MODELS or model.startswith('torchvision:'):
         return ''
     with torch.random.fork_rng([]):
         return own_network(model)[1]
-
 
 def torchvision_network(model: str, dataset: Any) -> nn.Module:
     """'torchvision:name', a classification network, with new weights and the data set's classes."""
@@ -403,7 +384,6 @@ def torchvision_network(model: str, dataset: Any) -> nn.Module:
     if name == 'googlenet':
         shape = dict(aux_logits=False, init_weights=True)
     return models.get_model(name, weights=None, num_classes=dataset.classes, **shape)
-
 
 def network(config: Any, make: Make, dataset: Any) -> nn.Module:
     """The network of config.model in the shape of the data set (kind, classes, channels, side, train, name).

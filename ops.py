@@ -17,7 +17,6 @@ from torch import Tensor
 
 CLIP = 10.0  # the paper's bound l on the output of operations that grow faster than linearly
 
-
 @dataclass(frozen=True)
 class Op:
     """One elementary operation; a and b are its inputs, p is its learnable scalar."""
@@ -41,7 +40,6 @@ class Op:
         y = self.function(a, b, p)
         # clamp is the paper's rule: |y| > l becomes l * sign(y), and no gradient passes there
         return y.clamp(-clip, clip) if self.clips and clip is not None else y
-
 
 # subtle: a clipped output has gradient 0, but 0 * inf is NaN. The inner clamps of exp, sinh and cosh keep the
 # inner gradient finite in float32: exp(80) = 5.5e34. The slope of sqrt is infinite at 0: 0 below 1e-8.
@@ -110,24 +108,20 @@ SETS: dict[str, tuple[tuple[Op, ...], tuple[Op, ...]]] = {
 ALL: dict[str, Op] = {op.name: op for unary, binary in SETS.values() for op in unary + binary}
 BINARY_NAMES = {op.name for _, binary in SETS.values() for op in binary}
 
-
 def arity(op: Op) -> int:
     """How many inputs an expression gives to `op`: 2 for a binary one, 1 for a unary one, 0 for const."""
     return 2 if op.name in BINARY_NAMES else int(op.name != 'const')
-
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """' (did you mean tanh?)' for the choice closest to `name`, or '' when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f' (did you mean {close[0]}?)' if close else ''
 
-
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     """Raise ValueError, one line with all choices and the nearest, when `value` is none of them."""
     if value not in choices:
         raise ValueError(f"unknown {what} '{value[:40]}'{did_you_mean(value, choices)}; "
                          f"choose one of: {', '.join(choices)}")
-
 
 def select(text: str = 'base') -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     """The unary and binary operations that `text` names, each once, in the order of ALL.

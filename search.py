@@ -45,10 +45,8 @@ from space import Match, Space
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target) -> scalar
 
-
 def bound(text: str) -> Optional[float]:
     return None if text == 'none' else number(1e-3, float)(text)
-
 
 @dataclasses.dataclass
 class Config(Training):
@@ -88,7 +86,6 @@ class Config(Training):
         """The step at a share of the steps; the last step is always after it."""
         return min(round(share * self.steps), self.steps - 1)
 
-
 PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log', shrink_until=0.98,
              arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, warm_alphas=True, start=0.0, temperature=1.0,
              discretise='shrink', candidates=0)  # of --method paper
@@ -125,7 +122,6 @@ PRESETS: Presets = {
     },
 }
 
-
 # ---- the search ----
 
 def held(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -135,7 +131,6 @@ def held(model: nn.Module) -> Callable[[Tensor], Tensor]:
     state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     return lambda x: functional_call(model, state, (x,))
 
-
 def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
     """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Whether they and the
     others are finite; if not, do not take the step. To ask makes a GPU wait, once in a half-step."""
@@ -143,7 +138,6 @@ def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bo
     if limit:
         torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
     return bool(torch.stack(torch._foreach_norm([norm, *others])).isfinite().all())
-
 
 def operations_left(step: int, config: Config, first: int, last: int) -> int:
     """How many operations may be left after so many steps: `first` at shrink_from, `last` at shrink_until. The
@@ -156,7 +150,6 @@ def operations_left(step: int, config: Config, first: int, last: int) -> int:
     if config.shrink == 'log' and share < 1:  # the k-th drop at step begin + (end - begin)^(k / drops)
         share = math.log(step - begin) / math.log(end - begin)
     return first - int((first - last) * share + 1e-9)
-
 
 def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: Iterator, loss: Loss,
            config: Config, run: Optional['Run'] = None) -> tuple[Activation, dict[str, float]]:
@@ -248,7 +241,6 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
 
     return candidates(model, cell, initial, train_batches, val_batches, loss, config, run)
 
-
 def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
     """The next `count` batches, as often as wanted. Those of data.py are made again; others are kept."""
     if hasattr(batches, 'state_dict'):
@@ -256,7 +248,6 @@ def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
         return lambda: itertools.islice(copy.copy(start), count)
     kept = list(itertools.islice(batches, count))
     return lambda: iter(kept)
-
 
 def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
     """The functions that lower the loss most, to first order, when one of them replaces the standard at its
@@ -283,7 +274,6 @@ def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
         return torch.where(fine, (f - standard) @ gradient, torch.inf)
     return space.scan(change, shift=False)
 
-
 def proposals(cell: Cell, config: Config) -> list[Activation]:
     """The functions to try, see --discretise: neither nearly straight lines nor the standard activation."""
     trees = [cell.tree()]
@@ -304,7 +294,6 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
         found += [f] if new and nonlinearity(f) > bend else []
     return [f.to(cell.grid.device) for f in found or [Activation(cell.tree(), config.clip)]]
 
-
 def in_its_place(f: Activation, cell: Cell) -> Callable[[Tensor], Tensor]:
     """f at the output scale and shift that come closest to the relaxed cell, which the weights are used to."""
     with torch.no_grad():
@@ -315,7 +304,6 @@ def in_its_place(f: Activation, cell: Cell) -> Callable[[Tensor], Tensor]:
         gain = ((p * (y - y_mean) * relaxed).sum() / (p * (y - y_mean).square()).sum().clamp(min=1e-12)).float()
         shift = (mean - gain * y_mean).float()
     return lambda x: gain * f(x) + shift
-
 
 def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
                val_batches: Iterator, loss: Loss, config: Config, run: 'Run',
@@ -351,7 +339,6 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
     finite = [f for f in functions if math.isfinite(results[f.expression]['loss'])] or functions
     best = min(finite, key=lambda f: results[f.expression]['loss'])
     return best, results[best.expression] | {'standard_loss': results[cell.standard.expression]['loss']}
-
 
 # ---- the run folder ----
 
@@ -487,7 +474,6 @@ class Run:
                   f'next:        {shlex.join(command)}']
         print('\n'.join(lines), flush=True)
 
-
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: beside it, down to the disk, then in its place."""
     with open(f'{path}.tmp', 'wb') as file:
@@ -495,7 +481,6 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(f'{path}.tmp', path)
-
 
 # ---- the command line ----
 
@@ -518,7 +503,6 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
                                 config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
     return model.to(config.device), cell.to(config.device), *batches, loss
 
-
 def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     """Configuration and checkpoint of a run. Only --data-dir and --device may differ; else ValueError."""
     try:
@@ -534,7 +518,6 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
         elif given[name] != getattr(config, name):
             raise ValueError(f'--resume keeps the settings of the run: {name} is {getattr(config, name)}')
     return config, checkpoint
-
 
 def main(arguments: Optional[list[str]] = None) -> None:
     parser, folder = Parser(description=__doc__, allow_abbrev=False), None
@@ -575,7 +558,6 @@ def main(arguments: Optional[list[str]] = None) -> None:
             found = search(model, cell, train_batches, val_batches, loss, config, run)
             if first:
                 run.finish(*found)
-
 
 if __name__ == '__main__':
     main()

@@ -18,12 +18,10 @@ from ops import CLIP, Op, select
 CHUNK, KEEP = 4096, 200  # functions made at a time, 3 MB; functions of each length that a scan keeps
 COUNTS = {'left': (1, 0, 0), 'right': (0, 1, 0), 'identity': (1, 0, 0), 'const': (0, 0, 1)}  # see `made`
 
-
 class Match(NamedTuple):
     score: float  # lower is better
     length: int
     tree: Tree
-
 
 class Functions(NamedTuple):
     values: Tensor  # (functions, points)
@@ -34,7 +32,6 @@ class Functions(NamedTuple):
     def at(self, index: Tensor | np.ndarray) -> 'Functions':
         return Functions(*(field[index] for field in self))
 
-
 def keys(f: Tensor, scale: bool = False, shift: bool = False) -> np.ndarray:
     """(functions,) a number that equal rows of f share: equal to 1e-6, up to output scale, or up to shift."""
     f = f - f.mean(1, keepdim=True) * shift
@@ -42,7 +39,6 @@ def keys(f: Tensor, scale: bool = False, shift: bool = False) -> np.ndarray:
     weights = torch.randint(2 ** 25, f.shape[1:], generator=torch.Generator().manual_seed(0)).double()
     key = (f / size[:, None] / step).round() @ weights  # whole numbers below 2^53: exact
     return (key.abs() if scale else key + (size.log() / step).round() * weights[0]).numpy()
-
 
 def best(parts: Iterable[Functions], keep: int = 10 ** 9, **equal: bool) -> Functions:
     """The `keep` best of each length, by length and score. Of equal ones the shortest."""
@@ -52,14 +48,12 @@ def best(parts: Iterable[Functions], keep: int = 10 ** 9, **equal: bool) -> Func
     length = found.length[order].numpy()
     return found.at(order[np.arange(len(order)) - np.searchsorted(length, length) < keep])
 
-
 def front(matches: Iterable[Match]) -> list[Match]:
     """Those that are better than all shorter ones, the shortest first."""
     found = []
     for match in sorted(matches, key=lambda match: (match.length, match.score)):
         found += [match] if not found or match.score < found[-1].score - 1e-6 else []
     return found
-
 
 class Space:
     """All functions of a cell shape and a set of operations, scalars at their initial values. x: (points,).

@@ -13,7 +13,6 @@ from cell import BINS, LIMIT, SAMPLERS, Cell, Lookup, blame, lines, uniform_grid
 
 SMOOTH = 'base,-abs,-sqrt,-relu,-min0,-elu,-leaky_relu,-max,-min,-square,-cube,-exp,-sinh,-mul'  # no kink
 
-
 def random_cell(seed: int = 0, sites: int = 1, **options) -> tuple[Cell, nn.ModuleList]:
     """A cell with alphas ~ N(0, 1) and scalars off their first values, and its sites."""
     torch.manual_seed(seed)
@@ -23,19 +22,16 @@ def random_cell(seed: int = 0, sites: int = 1, **options) -> tuple[Cell, nn.Modu
         scalars.data += 0.3 * torch.randn_like(scalars)
     return cell, nn.ModuleList(cell.site() for _ in range(sites))
 
-
 def shrunk(seed: int, shape: str = 'paper') -> Cell:
     cell, _ = random_cell(seed, shape=shape)
     while cell.operations() > len(cell.choices):
         cell.drop()
     return cell
 
-
 LAYOUTS = {
     'contiguous': lambda x: x, 'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
     'transposed': lambda x: x.transpose(1, 3), 'gaps': lambda x: x[:, ::2, :, 1:], 'empty': lambda x: x[:0],
     'expanded': lambda x: x[:1].expand(5, -1, -1, -1), 'scalar': lambda x: x[0, 0, 0, 0]}
-
 
 @pytest.mark.parametrize('piece', [1 << 18, 50])
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -56,14 +52,12 @@ def test_lookup_is_linear_interpolation(layout, piece, monkeypatch):
     assert np.allclose(to_x, slope * g.numpy(), atol=1e-5)
     assert np.allclose(to_values, np.append(halves, 0) + np.append(0, halves), atol=1e-5)
 
-
 def by_table(f, x):
     """One function looked up as the sites of a cell do it."""
     cell = Cell(standard='relu')
     site = cell.site(f)
     cell.tabulate(standard=True)
     return site.eval()(x)
-
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_and_strange_numbers(dtype):
@@ -79,7 +73,6 @@ def test_dtypes_and_strange_numbers(dtype):
     x = torch.tensor([-1e4, -1e-3, -2e-6, 2e-6, 1e-3, 1e4], dtype=dtype)
     assert torch.allclose(by_table(named('leaky_relu'), x), F.leaky_relu(x), rtol=rtol, atol=1e-9)
 
-
 @pytest.mark.parametrize('seed', range(40))
 def test_table_against_op_by_op(seed):
     """Float32 tables, float64 mathematics, random cells: within 1e-3 at 99 % of the inputs in [-12, 12]."""
@@ -88,7 +81,6 @@ def test_table_against_op_by_op(seed):
         error = (by_table(f, x) - f.double()(x.double())).abs()
     assert (error <= 1e-3).double().mean() >= 0.99 and error.median() < 2e-5, f.expression
 
-
 def test_cell_by_hand():
     """Two unary and two binary operations, every weight 1/2, x = 2."""
     cell = Cell('identity,square,add,mul', sampler='mean')
@@ -96,7 +88,6 @@ def test_cell_by_hand():
     # U0 = U1 = (2 + 4) / 2 = 3, B0 = (3 + 3 + 3 * 3) / 2 = 7.5, U2 = (7.5 + clip(56.25)) / 2 = 8.75, U3 = 3,
     # B1 = (8.75 + 3 + clip(26.25)) / 2 = 10.875
     assert cell.evaluate(torch.tensor([2.0]), cell.sample()).tolist() == [[10.875]]
-
 
 @pytest.mark.parametrize('sampler', ['mean', 'softmax'])
 def test_gradients_of_the_cell_by_finite_differences(sampler):
@@ -109,7 +100,6 @@ def test_gradients_of_the_cell_by_finite_differences(sampler):
         cell.alpha, cell.scalars = values[:6], values[6:]  # in the place of the parameters
         return cell.evaluate(torch.tensor([-1.3, 0.4], dtype=torch.float64), cell.sample())
     assert torch.autograd.gradcheck(f, values, atol=1e-5)
-
 
 @pytest.mark.parametrize('sampler', ['mean', 'softmax', 'dirichlet'])
 @pytest.mark.parametrize('shape', ['core', 'paper', 'deep'])
@@ -129,7 +119,6 @@ def test_network_by_table_against_op_by_op(sampler, shape):
         results.append([loss, *(torch.cat([p.flatten() for p in part]) for part in parts)])
     assert all((table - exact).norm() <= 1e-3 * exact.norm() for table, exact in zip(*results))
 
-
 @pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize('shape', ['core', 'paper', 'deep'])
 def test_one_operation_left_is_the_activation_of_its_tree(shape, seed):
@@ -141,7 +130,6 @@ def test_one_operation_left_is_the_activation_of_its_tree(shape, seed):
     cell.tabulate()
     assert cell.learns == (len(Activation(cell.tree()).scalars) > 0)
 
-
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_weights(sampler):
     """Rows of what is active sum to 1; dirichlet draws for each site, shared once, mean and softmax never."""
@@ -152,7 +140,6 @@ def test_weights(sampler):
     assert all(torch.allclose(w.sum(1), torch.ones(len(w))) and (w >= 0).all() for w in weights)
     different = len(torch.cat([weights[0], again[0]]).unique(dim=0))
     assert different == {'dirichlet': 6, 'shared': 2, 'mean': 1, 'softmax': 1}[sampler]
-
 
 def test_moments_of_the_samplers():
     """Dirichlet with c = elu(alpha) + 1, at least 0.01, s = sum(c): mean c / s, variance
@@ -167,7 +154,6 @@ def test_moments_of_the_samplers():
     assert cell.sample(noise=False)[0][0, 1].item() == pytest.approx(0.01 / 1.22)
     cell.sampler, cell.temperature = 'softmax', 0.5
     assert torch.allclose(cell.sample()[1][0], torch.softmax(2 * cell.alpha[1], 0))
-
 
 @pytest.mark.parametrize('shape, unary, binary', [('core', 2, 1), ('paper', 4, 2), ('deep', 6, 3)])
 def test_start(shape, unary, binary):
@@ -184,7 +170,6 @@ def test_start(shape, unary, binary):
         assert not any(alpha.any() for alpha in cell.alpha)
     with pytest.raises(ValueError, match='did you mean dirichlet'):
         Cell(sampler='dirichlett')
-
 
 @pytest.mark.parametrize('ops', ['base', 'base,periodic,swish', 'relu,add'])
 @pytest.mark.parametrize('shape', ['core', 'deep'])
@@ -209,7 +194,6 @@ def test_drops(ops, shape):
             assert torch.equal(cell.values, expected)
     assert set(map(len, cell.active)) == {1}
 
-
 @pytest.mark.parametrize('normalise', ['scale', 'centre'])
 def test_normalised_tables_have_the_moments_of_each_standard(normalise):
     """Under a site's own inputs its output has the second moment (centre: variance, and mean 0) of its own
@@ -229,7 +213,6 @@ def test_normalised_tables_have_the_moments_of_each_standard(normalise):
             usual = usual - usual.mean()
         assert np.isclose((y ** 2).mean(), (usual ** 2).mean(), rtol=0.04)
 
-
 def test_inputs_are_observed_in_weight_steps_only():
     """Tables with a gradient (architecture steps), no_grad and evaluation mode leave no trace."""
     cell, sites = random_cell(sites=2)
@@ -248,7 +231,6 @@ def test_inputs_are_observed_in_weight_steps_only():
             assert seen() == [False, False]
         assert sites.eval() and seen() == [False, False]
 
-
 def test_histograms_match_the_inputs():
     """`seen` against numpy's histogram, with one channel in ten unlike the others; then numbers that are not
     finite, an empty tensor, half precision, one made by expand."""
@@ -265,7 +247,6 @@ def test_histograms_match_the_inputs():
         assert site(x).shape == x.shape and cell.seen.sum().item() == pytest.approx(1, abs=2e-3)
     assert cell.seen[0].argmax() == int((1 + LIMIT) * BINS / (2 * LIMIT)) and cell.seen[0].max() > 0.99
 
-
 def test_gradient_of_the_function_itself():
     """tabulate(standard=True): the gradient of a loss to `values`, by finite differences, site by site."""
     cell = Cell(standard='gelu', points=65).double()
@@ -280,7 +261,6 @@ def test_gradient_of_the_function_itself():
     moved = cell.values[0].detach() + 1e-6 * (torch.arange(65) == 34)
     change = g(Lookup.apply(moved, lines(moved), LIMIT, x)).square().sum() - loss
     assert gradient[0, 34] == pytest.approx(change.item() / 1e-6, rel=1e-3)
-
 
 def test_sites_hold_no_architecture_and_the_state_comes_back():
     """A network's parameters are its weights. Alphas, drops and histograms survive torch.save without pickled
@@ -299,7 +279,6 @@ def test_sites_hold_no_architecture_and_the_state_comes_back():
     other.load_state_dict(snapshot)
     assert other.operations() == cell.operations() + 1
 
-
 def test_two_bytes_are_kept_and_the_result_may_be_modified():
     """Code behind the activation may work in place; the input is not kept."""
     cell, (site,) = random_cell()
@@ -309,7 +288,6 @@ def test_two_bytes_are_kept_and_the_result_may_be_modified():
     assert y.grad_fn.saved_tensors[0].nbytes == 2000 and site(x.bfloat16()).dtype == torch.bfloat16
     y += x
     y.sum().backward()
-
 
 def test_blame():
     """The first site that is not finite is named, then the operation that is largest there, by hand; a scalar

@@ -24,7 +24,6 @@ def make():
                          nn.Linear(8, 10))
 '''
 
-
 def halves(seed: int):
     """Endless batches of a task that can be learned: are the first or the last numbers larger?"""
     draw = torch.Generator().manual_seed(seed)
@@ -32,11 +31,9 @@ def halves(seed: int):
         x = torch.randn(16, 5, generator=draw)
         yield x, (x[:, :2].sum(1) > x[:, 3:].sum(1)).long()
 
-
 def small() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 2), nn.Dropout(0.0))
-
 
 def rows(name, *accuracies, data='cifar10', model='toy'):
     """Rows of a ledger; None: that run diverged."""
@@ -44,7 +41,6 @@ def rows(name, *accuracies, data='cifar10', model='toy'):
     same = dict(name=name, expression='relu(x)', clip=None, settings=settings, ms_step=2.0)
     return [{**same, 'seed': seed, 'diverged': a is None, 'test_accuracy': a, 'test_loss': a and 2 - a,
              'train_loss': a and 1.0, 'curve': [[1, 2.0], [2, 1.5]]} for seed, a in enumerate(accuracies)]
-
 
 # ---- training ----
 
@@ -74,7 +70,6 @@ def test_train_against_a_loop_written_out(optimizer):
     assert [step for step, _ in got] == [1, 2, 3, 4] and [v for _, v in got] == pytest.approx(curve, abs=2e-5)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), plain.parameters()))
 
-
 def test_train_learns():
     """The curve has 20 points, each the mean since the last."""
     model = small()
@@ -83,7 +78,6 @@ def test_train_learns():
     before, batches = [b.clone() for b in model.buffers()], list(itertools.islice(halves(1), 20))
     assert score(model, batches, F.cross_entropy)['accuracy'] > 0.9
     assert model.training and all(map(torch.equal, before, model.buffers()))  # a look leaves no trace
-
 
 @pytest.mark.parametrize('settings, values', [
     (dict(), {0: 2.0, 99: 2.0}), (dict(warmup=0.1), {0: 0.2, 4: 1.0, 9: 2.0, 50: 2.0}),
@@ -94,10 +88,8 @@ def test_learning_rate_by_hand(settings, values):
     config = Training(steps=100, lr=2.0, **settings)
     assert {k: learning_rate(k, config) for k in values} == pytest.approx(values)
 
-
 HOT = 9 * F.one_hot(torch.tensor([[0, 1, 2, 2], [2, 1, 0, 1]]), 4).float()  # (2, 4, 4) logits
 BINARY = torch.tensor([[5.0], [-5.0]])
-
 
 @pytest.mark.parametrize('logits, target, accuracy', [
     (HOT[0], [0, 1, 2, 0], 0.75), (HOT[:, :2], [[0, 1], [2, 2]], 0.75),
@@ -116,7 +108,6 @@ def test_accuracy_where_it_has_a_meaning(logits, target, accuracy):
     result = score(nn.Identity(), batches, lambda output, y: torch.tensor(float(len(y))))
     assert result['loss'] == pytest.approx((n * n + 1) / (n + 1)) and result.keys() <= {'loss', 'accuracy'}
 
-
 # ---- runs ----
 
 @pytest.fixture
@@ -132,7 +123,6 @@ def run(tmp_path, monkeypatch):
         return read_ledger(Path('ledger'))
     return go
 
-
 def test_one_run_written_out(run):
     """The reference of a network of one's own is its own calls; the row is of the last step."""
     row = run('--seeds', '4:5')[0]
@@ -146,7 +136,6 @@ def test_one_run_written_out(run):
     assert row['name'] == row['expression'] == 'own' and row['curve'] == curve
     assert row['test_loss'] == pytest.approx(F.cross_entropy(output, dataset.test[1]).item(), rel=1e-4)
 
-
 def test_pairs(run, monkeypatch):
     """One function in two spellings has equal losses: seeds, weights, batches and dropout are the same.
     The test set is looked at once a run."""
@@ -157,7 +146,6 @@ def test_pairs(run, monkeypatch):
     for seed in 0, 1:
         assert losses['relu', seed] == losses['relu(relu(x))', seed] != losses['silu', seed]
     assert losses['relu', 0] != losses['relu', 1] and len(looks) == len(got) == 8
-
 
 def test_the_ledger_neither_repeats_nor_loses(run, capsys):
     """A finished run is not done again, nor under another name, nor with the data elsewhere. One of a changed
@@ -177,7 +165,6 @@ def test_the_ledger_neither_repeats_nor_loses(run, capsys):
     Path('nets.py').write_text(NETS.replace('ACT', 'ReLU()'))
     assert len(run('silu')) == 12
 
-
 def test_lines_of_several_writers(tmp_path):
     """Each line goes out in one write."""
     def write(k):
@@ -189,7 +176,6 @@ def test_lines_of_several_writers(tmp_path):
             step(writer)
     assert sorted(row['seed'] for row in read_ledger(tmp_path / 'ledger')) == sorted([0, 1, 2, 3] * 20)
 
-
 def test_a_diverged_run_is_a_row(run, capsys):
     """Without a number that JSON does not know, and counted in the table."""
     got = run('square(x)', '--lr', '1e11')
@@ -198,7 +184,6 @@ def test_a_diverged_run_is_a_row(run, capsys):
     assert [line.split('|')[-2].strip() for line in table] == ['2', '2']
     for line in Path('ledger').read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
-
 
 def test_names(tmp_path, monkeypatch, capsys):
     """Run folders, known names, expressions, random functions; a wrong one is one line, and no ledger."""
@@ -220,7 +205,6 @@ def test_names(tmp_path, monkeypatch, capsys):
         refused([text, '--model', 'toy', '--steps', '2'], capsys, main=evaluate.main)
     assert not Path('results.jsonl').exists()
 
-
 def test_two_functions_of_one_name(run):
     """Neither is dropped without a word."""
     for folder, expression in ('a', 'tanh(x)'), ('b', 'abs(x)'):
@@ -231,7 +215,6 @@ def test_two_functions_of_one_name(run):
         assert {row['expression'] for row in run('a/run', 'b/run')} == {'own', 'tanh(x)', 'abs(x)'}
     except SystemExit as ended:
         assert ended.code == 2
-
 
 def test_card_and_nearest(capsys):
     """Of |x|, whose moments under N(0, 1) are sqrt(2 / pi) and 1; the formulas end at SiLU itself."""
@@ -245,7 +228,6 @@ def test_card_and_nearest(capsys):
     assert lengths == sorted(set(lengths)) and distances == sorted(set(distances), reverse=True)
     assert len(lines) > 1 and distances[-1] == 0 and 'sigmoid(x)' in lines[-1][3]
 
-
 # ---- statistics ----
 
 @pytest.mark.parametrize('n, t', [(2, 12.7062), (3, 4.3027), (5, 2.7764), (12, 2.2010)])
@@ -258,7 +240,6 @@ def test_compare(n, t):
     assert compare(mine | {99: 5.0}, reference) == pytest.approx((n, mean, half), rel=1e-3)
     assert compare({3: 1.5}, {3: 1.0, 4: 9.0}) == (1, 0.5, math.inf) and compare({1: 2.0}, {2: 2.0})[0] == 0
 
-
 def test_table_by_hand():
     """Differences 0.1, 0.05, -0.02: mean 0.0433, deviation 0.0603, half 4.303 * 0.0603 / sqrt(3) = 0.1497."""
     ledger = [*rows('bad', None, 0.1, None), *rows('relu', 0.5, 0.6, 0.7), *rows('silu', 0.6, 0.65, 0.68)]
@@ -270,7 +251,6 @@ def test_table_by_hand():
         assert reference[:2] == ['relu', '3'] and reference[3:6] == ['', '', ''] and reference[-1] == '0'
         assert bad[:2] == ['bad', '3'] and bad[3:6] == [f'{-0.5 * sign:+.4f}', '-', '0/1'] and bad[-1] == '2'
         assert '0.6433 +- 0.0404' in best and '0.6000 +- 0.1000' in reference and '0.1000' in bad
-
 
 def test_report_keeps_settings_apart(tmp_path, capsys):
     """A table for each group of comparable runs, texts by loss; several ledgers as if joined by cat."""

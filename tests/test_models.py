@@ -13,19 +13,15 @@ from torch.utils.checkpoint import checkpoint
 import models
 from models import MODELS, STANDARD, build, network, replaced, source_digest, teacher_and_student
 
-
 def checksum(model):
     x = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
     return float(x @ torch.arange(len(x)).double().cos())
 
-
 def size(model):
     return sum(p.numel() for p in model.parameters())
 
-
 def same(call):
     return call
-
 
 # ---- our networks ----
 
@@ -38,7 +34,6 @@ def test_initial_weights(name, value):
         pytest.skip('this version of torch draws truncated normals in another way')
     torch.manual_seed(0)
     assert checksum(build(name, nn.ReLU)) == pytest.approx(value, rel=1e-6)
-
 
 @pytest.mark.parametrize('name, shape, count, standard', [
     *((f'resnet{depth}', {}, count, 'relu') for depth, count in    # He et al.: 0.27 ... 1.7 million
@@ -54,7 +49,6 @@ def test_parameter_counts(name, shape, count, standard):
         assert size(build(name, nn.ReLU, **shape)) == count
     assert STANDARD[name] == standard and set(STANDARD) == set(MODELS)
 
-
 @pytest.mark.parametrize('name, theirs', [('elman', nn.RNN), ('gru', nn.GRU)])
 def test_recurrent_networks_are_those_of_torch(name, theirs):
     """With tanh, elman and gru compute what nn.RNN and nn.GRU do."""
@@ -65,7 +59,6 @@ def test_recurrent_networks_are_those_of_torch(name, theirs):
     torch.testing.assert_close(ours(tokens), ours.head(theirs(ours.embedding(tokens))[0]))
     assert STANDARD[name] == 'tanh'
 
-
 def test_teacher_and_student():
     """The student has the teacher's first layer, frozen; targets have mean 0 and variance 1."""
     torch.manual_seed(0)
@@ -74,7 +67,6 @@ def test_teacher_and_student():
     assert torch.equal(teacher.first.weight, student.first.weight) and not student.first.weight.requires_grad
     y = teacher(torch.randn(20000, 16))
     assert abs(y.mean()) < 0.05 and abs(y.std() - 1) < 0.05
-
 
 # ---- any other network ----
 
@@ -89,7 +81,6 @@ class Net(nn.Module):
     def forward(self, x):
         return self.last(F.dropout(self.norm(self.middle(self.first(x))), 0.3, self.training))
 
-
 def in_place(x):
     """Result ignored; input used again; a part changed."""
     shortcut = x
@@ -99,14 +90,12 @@ def in_place(x):
     z[:, :3].relu_()
     return z + shortcut
 
-
 CALLS = {
     'relu': nn.ReLU(), 'inplace': nn.ReLU(True), 'torch': torch.relu, 'made': lambda x: nn.ReLU()(x),
     'keyword': lambda x: torch.relu(input=x), 'aten': torch.ops.aten.relu, 'Tensor': torch.Tensor.relu,
     'relu6': nn.ReLU6(True), 'hardtanh': nn.Hardtanh(-2, 2), 'gelu': nn.GELU('tanh'), 'silu': nn.SiLU(True),
     'leaky_relu': functools.partial(F.leaky_relu, negative_slope=0.2), 'elu': nn.ELU(0.5, True),
     'celu': nn.CELU(1.3, True), 'softplus': nn.Softplus(2), 'threshold': nn.Threshold(0.1, 0.2)}
-
 
 @pytest.mark.parametrize('name', [*CALLS, 'in place'])
 def test_every_kind_of_call_is_a_site_and_the_original_call_changes_nothing(name):
@@ -128,7 +117,6 @@ def test_every_kind_of_call_is_a_site_and_the_original_call_changes_nothing(name
     zero = replaced(model, lambda call: torch.zeros_like, x).eval()
     assert torch.equal(zero(x), zero(-x))    # nothing passes but through sites
 
-
 class Branches(nn.Module):
     """One more call in eval; the first ones skipped on demand; the last is made on the spot."""
     def __init__(self):
@@ -141,7 +129,6 @@ class Branches(nn.Module):
             x = layer(x)
         return nn.Softplus()(x)
 
-
 def test_a_call_keeps_its_site():
     """Also when a pass skips calls before it, or makes further ones: LayerDrop, heads for training only."""
     x, other = torch.randn(4), replaced(Branches(), same, torch.randn(4))
@@ -152,7 +139,6 @@ def test_a_call_keeps_its_site():
     other.model.layers.append(nn.LeakyReLU(0.3, inplace=True))    # never recorded
     assert torch.equal(other(x, skip=2), F.softplus(F.leaky_relu(F.leaky_relu(x), 0.3)))
     assert len(other.sites) == 5 and not other.sites[4].training
-
 
 @pytest.mark.filterwarnings('ignore:Using `torch.compile')
 @pytest.mark.parametrize('make', [
@@ -166,9 +152,7 @@ def test_short_cuts_of_pytorch(make):
         assert other(torch.randn(2, 5, 8)).shape == (2, 5, 8)
     assert len(calls) == len(other.sites) > 0
 
-
 RELU, SIGMOID = nn.ReLU(inplace=True), nn.Sigmoid()
-
 
 @pytest.mark.filterwarnings('ignore:None of the inputs')
 @pytest.mark.parametrize('layers, only, described', [
@@ -184,12 +168,10 @@ def test_what_is_left_alone_is_said(layers, only, described):
     assert replaced(nn.Sequential(*layers), same, x, only).describe() == described
     assert torch.equal(x, -torch.ones(2, 6))    # the example is not written into
 
-
 def scripted(what):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')    # torch.jit is deprecated, but met
         return torch.jit.script(what)
-
 
 @pytest.mark.parametrize('middle, only, message', [
     (SIGMOID, None, 'calls no activation .*left alone: 1 sigmoid'), (RELU, 'rleu', 'did you mean relu'),
@@ -201,7 +183,6 @@ def test_what_cannot_be_replaced(middle, only, message):
     with pytest.raises((ValueError, RuntimeError), match=message) as caught:
         replaced(Net(middle), same, torch.randn(5, 6), only)
     assert '\n' not in str(caught.value)
-
 
 def test_a_replaced_network_is_a_module():
     """One shared function counts once; copy, state, modes, empty batches, half and double precision."""
@@ -219,20 +200,16 @@ def test_a_replaced_network_is_a_module():
         assert other(x).dtype == torch.bfloat16
     assert other.double()(x.double()).dtype == torch.float64
 
-
 # ---- --model ----
 
 def config(model, **more):
     return SimpleNamespace(**{**dict(model=model, context=8, dropout=0.0, compile=False), **more})
 
-
 def images(side=32, classes=5):
     return SimpleNamespace(name='pictures', kind='image', classes=classes, channels=3, side=side,
                            train=(torch.randint(256, (4, 3, side, side), dtype=torch.uint8), torch.zeros(4)))
 
-
 TEXT = SimpleNamespace(name='letters', kind='text', classes=11, train=torch.randint(11, (99,)).byte())
-
 
 @pytest.mark.parametrize('name, side, sites', [('resnet20', 32, 19), ('vit_tiny', 16, 12), ('toy', 16, 1)])
 def test_networks_for_images(name, side, sites):
@@ -240,7 +217,6 @@ def test_networks_for_images(name, side, sites):
     model = network(config(name), nn.Mish, images(side))
     assert model(images(side).train[0].float()).shape == (4, 5)
     assert sum(isinstance(m, nn.Mish) for m in model.modules()) == sites
-
 
 @pytest.mark.parametrize('name', ['minigpt', 'elman', 'gru'])
 def test_networks_for_text(name):
@@ -250,7 +226,6 @@ def test_networks_for_text(name):
     assert before.shape == (1, 8, 11)
     assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])
 
-
 OWN = """import torch.nn as nn
 class Own(nn.Module):
     def __init__(self):
@@ -258,7 +233,6 @@ class Own(nn.Module):
         self.f = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.LazyLinear(5))
     def forward(self, x):
         return """
-
 
 @pytest.mark.parametrize('place, source, message', [
     ('resnet21', '', 'unknown model .*did you mean resnet'), ('nowhere.py:make', '', 'no such file'),
@@ -277,7 +251,6 @@ def test_errors_are_one_line(place, source, message, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message) as caught:
         network(config(place), same, images())
     assert '\n' not in str(caught.value) and place in str(caught.value)
-
 
 @pytest.mark.parametrize('package', [True, False])
 def test_own_file_sees_its_neighbours(package, tmp_path):
@@ -301,7 +274,6 @@ def test_own_file_sees_its_neighbours(package, tmp_path):
     assert len(digest) == 8 and source_digest(place) == digest and source_digest('resnet20') == ''
     (tmp_path / 'data.py').write_text('CLASSES = 60\n')
     assert network(config(place), same, images(classes=60)) and source_digest(place) != digest
-
 
 @pytest.mark.parametrize('name, described', [
     ('resnet18', '17 sites: 17 relu'), ('mobilenet_v2', '35 sites: 35 relu6'),

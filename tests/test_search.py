@@ -36,24 +36,20 @@ def text():
     return nn.Sequential(nn.Embedding(256, 8), nn.ReLU(), nn.Linear(8, 256))
 '''
 
-
 def run(folder, *options: str) -> dict:
     """A search by its command line; its activation.json, which must be strict JSON."""
     search.main([*SMALL, '--out', str(folder), *options])
     return json.loads(Path(folder, 'activation.json').read_text(), parse_constant=pytest.fail)
 
-
 def log(folder) -> list[dict]:
     lines = Path(folder, 'log.jsonl').read_text().splitlines()
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
-
 
 def outcome(folder) -> tuple[dict, list[dict]]:
     """activation.json and the log, but for what may differ: seconds and the place of the folder."""
     result, rows = json.loads(Path(folder, 'activation.json').read_text()), log(folder)
     del result['seconds'], result['config']['out'], rows[0]['config']['out']
     return result, rows
-
 
 def refused(arguments: list, capsys, code: int = 2, main=search.main) -> str:
     """The one line on standard error with which the program ends."""
@@ -63,7 +59,6 @@ def refused(arguments: list, capsys, code: int = 2, main=search.main) -> str:
     assert ended.value.code == code and len(lines) == 1 and re.match('error: |stopped; ', lines[0]), lines
     return lines[0]
 
-
 def cifar_folder(folder: Path, seed: int = 0) -> None:
     """CIFAR-10 in its published layout, 16 images a file."""
     folder.mkdir(parents=True)
@@ -72,7 +67,6 @@ def cifar_folder(folder: Path, seed: int = 0) -> None:
         records = (bytes([draw.randrange(10)]) + draw.randbytes(3072) for _ in range(16))
         (folder / name).write_bytes(b''.join(records))
 
-
 def images(seed: int, bad: tuple = (), shape: tuple = (4, 3, 8, 8)):
     """Endless batches; those of the numbers in `bad` are infinite."""
     draw = torch.Generator().manual_seed(seed)
@@ -80,11 +74,9 @@ def images(seed: int, bad: tuple = (), shape: tuple = (4, 3, 8, 8)):
         x, y = torch.randn(shape, generator=draw), torch.randint(10, shape[:1], generator=draw)
         yield x * math.inf if k in bad else x, y
 
-
 def bits(tensors) -> list:
     """The tensors and their gradients, to compare them bit for bit."""
     return [t if t is None else t.detach().numpy().tobytes() for p in tensors for t in (p, p.grad)]
-
 
 # ---- the loop ----
 
@@ -119,7 +111,6 @@ def test_neither_level_touches_the_other(settings, cell):
     search.search(model, cell, *batches, cross_entropy, config)
     assert moved['train'] > 20 and moved['val'] > 20  # it did watch, and both levels moved
 
-
 def test_the_levels_see_disjoint_data(monkeypatch):
     """Three quarters train the weights, the rest the alphas. Each image here has a shade of its own."""
     shades = torch.arange(80, dtype=torch.uint8).view(80, 1, 1, 1).expand(80, 3, 16, 16)
@@ -130,7 +121,6 @@ def test_the_levels_see_disjoint_data(monkeypatch):
     train, val = ([next(stream)[0][:, 0, 8, 8] for _ in range(n)] for n, stream in zip((3, 1), batches))
     train, val = ({round(shade, 3) for shade in torch.cat(part).tolist()} for part in (train, val))
     assert (len(train), len(val)) == (60, 20) and not train & val
-
 
 def test_a_bad_batch_leaves_no_trace():
     """Such a half-step is skipped: weights and running statistics, or alphas and dL/df, stay. Constants are
@@ -157,7 +147,6 @@ def test_a_bad_batch_leaves_no_trace():
         assert [k for k in range(2, 9) if states[k - 2][level] == states[k - 1][level]] == stayed
     assert cell.gradient.isfinite().all()
 
-
 def test_any_network_by_a_call(monkeypatch):
     """As README shows it. In the warm start and in the first trial the network calls its own activations, bit
     for bit; all trials begin with its first weights."""
@@ -180,17 +169,14 @@ def test_any_network_by_a_call(monkeypatch):
     assert plain[:5] == [True, True, False, False, False] and plain[5:] == [True] + [False] * (len(plain) - 6)
     assert scores.keys() == {'loss', 'accuracy', 'standard_loss'}
 
-
 def test_numbers_that_stay_infinite(tmp_path, capsys):
     """20 skipped steps end the search with the site, the operation, and what to try."""
     line = refused([*SMALL, '--steps', '60', '--lr', '9e11', '--out', tmp_path / 'a'], capsys)
     assert re.search(r'20 steps .* site 0, operation \S+.* smaller --lr', line)
 
-
 # 104 drops in the 62 steps from 30 to 92; log, the paper's: the k-th at step 30 + 62^(k / 104)
 PACE = {'linear': {30: 110, 61: 58, 91: 8, 92: 6}, 'none': {0: 110, 100: 110},
         'log': {30: 110, 31: 110, 32: 93, 37: 61, 38: 58, 91: 7, 92: 6}}  # 104 ln(7) / ln(62) = 49.03
-
 
 @pytest.mark.parametrize('shrink', ['linear', 'log'])
 @pytest.mark.parametrize('steps', [2, 3, 7, 20, 104, 500])
@@ -215,7 +201,6 @@ def test_shrinking_ends_for_any_number_of_steps(steps, shrink):
         parts = (evaluate.score(model, kept[k:k + 3], cross_entropy) for k in range(1, 40))
         assert pytest.approx(scores, abs=2e-3) in list(parts)  # by table
 
-
 @pytest.mark.parametrize('steps', ['2', '20'])
 @pytest.mark.parametrize('discretise', ['shrink', 'project', 'gradient'])
 def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatch):
@@ -235,9 +220,7 @@ def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatc
     assert result['validation']['loss'] == tried[best]
     assert torch.allclose(Activation(result['expression'])(x), Activation(best)(x), 1e-4, 1e-5)
 
-
 SOME = '--steps 120 --ops identity,neg,abs,relu,tanh,sigmoid,add,mul,max'
-
 
 @pytest.mark.parametrize('teacher, options', [
     ('abs(x)', SOME), ('mul(sigmoid(x), x)', SOME),
@@ -248,7 +231,6 @@ def test_a_planted_function_is_found(teacher, options, tmp_path):
     x = torch.linspace(-2, 2, 99)
     f, target = Activation(result['expression'])(x), Activation(teacher)(x)
     assert torch.corrcoef(torch.stack([f, target]))[0, 1] ** 2 > 0.999 and result['distance'] < 0.02
-
 
 @pytest.mark.parametrize('options', [
     '--model resnet20', '--model vit_tiny', '--model minigpt --context 12', '--model toy --method paper',
@@ -265,7 +247,6 @@ def test_everything_runs_through(options, tmp_path):
     assert bool(config['teacher']) == ('toy' in options and 'cifar' not in options)
     assert 'paper' not in options or config.items() >= {
         key: search.PAPER[key] for key in ('method', 'sampler', 'normalise', 'discretise', 'shrink')}.items()
-
 
 # ---- the run folder ----
 
@@ -298,7 +279,6 @@ def test_run_folder(tmp_path, capsys, monkeypatch):
         assert name in refused([*SMALL, '--out', other], capsys)
         assert [(file.name, file.read_text()) for file in other.iterdir()] == [(name, 'mine')]
 
-
 KILLED = '''
 import itertools, json, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -328,7 +308,6 @@ for name, options, kills in json.loads(sys.argv[2]):
         assert all(killed(['--resume', folder], folder, moment) for moment in moments[1:]), folder
 '''
 
-
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='there is no kill -9 on Windows')
 def test_killed_at_any_moment(tmp_path, monkeypatch):
     """kill -9 between two writes, for real: in warm start, descent, trials, a checkpoint, twice in a row,
@@ -350,7 +329,6 @@ def test_killed_at_any_moment(tmp_path, monkeypatch):
         search.main(['--resume', folder])
         assert outcome(folder) == outcome(whole), folder
 
-
 def interrupted(arguments: list, batch: int, monkeypatch, capsys) -> None:
     """A search in which Ctrl-C is pressed at that batch: exit code 130, and a line that says how to go on."""
     count, real = itertools.count(1), data.Batches.__next__
@@ -362,13 +340,11 @@ def interrupted(arguments: list, batch: int, monkeypatch, capsys) -> None:
         patch.setattr(data.Batches, '__next__', get)
         assert re.match('stopped; .*--resume .*run', refused(arguments, capsys, code=130))
 
-
 def next_command(capsys) -> list[str]:
     """The arguments of the command after `next:`, as a shell would read it."""
     command = shlex.split(re.search('^next: +(.*)$', capsys.readouterr().out, re.M)[1])
     assert command[:2] == ['python', str(ROOT / 'evaluate.py')]
     return command[2:]
-
 
 def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
     """Own network, own data, relative paths; gone on with in another folder, then with data that moved,
@@ -403,7 +379,6 @@ def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
     run('text', *'--model nets.py:text --data tinystories_sample --context 12 --steps 2'.split())
     assert '--data tinystories_sample --context 12' in ' '.join(next_command(capsys))
 
-
 # ---- the command line ----
 
 WRONG = [line.strip().split(' => ') for line in '''
@@ -431,7 +406,6 @@ WRONG = [line.strip().split(' => ') for line in '''
     evaluate --model toy --device cuda:99 => use --device cpu
     evaluate --model toy --out . => .'''.strip().splitlines()]
 
-
 @pytest.mark.parametrize('line, word', WRONG)
 def test_wrong_command_lines(line, word, tmp_path, monkeypatch, capsys):
     """One line that says what was wrong and what would be right, exit code 2, nothing is written."""
@@ -439,7 +413,6 @@ def test_wrong_command_lines(line, word, tmp_path, monkeypatch, capsys):
     program, *arguments = line.split() + ['--steps', '2'] * ('--steps' not in line)
     assert word in refused(arguments, capsys, main={'search': search, 'evaluate': evaluate}[program].main)
     assert list(tmp_path.iterdir()) == []
-
 
 @pytest.mark.parametrize('program, kind, most', [(search, Config, 34), (evaluate, evaluate.Training, 24)])
 def test_help(program, kind, most, capsys):
@@ -452,7 +425,6 @@ def test_help(program, kind, most, capsys):
     default = evaluate.configure(kind, program.PRESETS, {'model': 'vit_tiny'})
     for name in 'steps', 'lr', 'batch_size', 'data':
         assert f'vit_tiny {getattr(default, name)}' in said[name.replace('_', '-')]
-
 
 def test_warm_start_drops_nothing():
     """The alphas know nothing before it is over, however long it is."""
