@@ -18,7 +18,6 @@ from ops import CLIP, check_choice, select
 # 99.6 % of 1,000 random cells keep |table - op by op| <= 1e-3 away from kinks. 0 is a point: ReLU is exact.
 POINTS, LIMIT = 8193, 12.0
 PIECE = 1 << 18  # elements that a CPU looks up at a time: what one operation writes, the next finds in cache
-INDEX = torch.empty(PIECE, dtype=torch.int64)  # for all of them: fresh memory costs more than the arithmetic
 
 def uniform_grid(points: int = POINTS, limit: float = LIMIT) -> Tensor:
     """(points,) from -limit to limit, symmetric."""
@@ -40,8 +39,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def in_rows(index: Tensor) -> Tensor:
     """(n,) int16 -> (up to 16, the rest) int64: gather and scatter are parallel along rows."""
-    long = INDEX[:len(index)].copy_(index) if index.is_cpu else index.long()
-    return long.view(math.gcd(len(index), 16), -1)
+    return index.long().view(math.gcd(len(index), 16), -1)
 
 class Lookup(torch.autograd.Function):
     """f(x) for a function f known by its values on a uniform grid: linear in between, extrapolated beyond.
@@ -55,8 +53,7 @@ class Lookup(torch.autograd.Function):
         for x_, y_, index_ in pieces(x, y, index):
             torch.add(middle, x_, alpha=len(lines) / (2 * limit), out=y_).clamp_(0, last)
             i = in_rows(index_.copy_(y_).clamp_(0, last))  # a NaN became any number; x makes y NaN
-            own = i.view(lines.dtype) if lines.is_cpu and lines.dtype == torch.complex64 else None  # 8 bytes
-            line = torch.gather(lines.expand(len(i), -1), 1, i, out=own).view(-1)
+            line = torch.gather(lines.expand(len(i), -1), 1, i).view(-1)
             torch.addcmul(line.real, line.imag, x_, out=y_)
         ctx.save_for_backward(index, lines)
         return y
@@ -94,7 +91,6 @@ class Cell(nn.Module):
         super().__init__()
         check_choice('sampler', sampler, SAMPLERS)
         check_choice('normalise', normalise, NORMALISERS)
-        check_choice('shape', shape, SHAPES)
         self.shape, self.clip, self.sampler, self.normalise = shape, clip, sampler, normalise
         self.choices = tuple(choice for choice, *_ in SHAPES[shape])
         self.ops = tuple(select(ops)[len(inputs) - 1] for _, *inputs in SHAPES[shape])  # unary or binary ones
@@ -124,16 +120,16 @@ class Cell(nn.Module):
     def reset(self, spread: float = 1e-3, start: float = 0.0) -> None:
         """All operations, scalars at their first values, alphas ~ N(0, spread^2). start, for softmax only:
         weight of the standard activation in the last place that reads x and of right(a, b) = b at the output,
-        if the cell has both. (Half of a Dirichlet's weight takes an alpha above 20, too far to come back.)"""
+        if the cell has both."""
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not dropped, by choice point
         for alpha, scalars, ops in zip(self.alpha, self.scalars, self.ops):
             alpha.normal_(0.0, spread)
             scalars.copy_(torch.tensor([op.scalar or 0.0 for op in ops]))
-        names = {k: [op.name for op in self.ops[k]] for k in (-2, -1)}  # every shape ends in U(x), B(..., U)
-        first = {-2: self.standard.expression.removesuffix('(x)'), -1: 'right'}
-        if start and self.sampler == 'softmax' and all(first[k] in names[k] for k in first):
-            for k in first:  # odds to one of the others
-                self.alpha[k][names[k].index(first[k])] += math.log(start / (1 - start) * (len(names[k]) - 1))
+        first = (self.standard.expression.removesuffix('(x)'), 'right')  # every shape ends in U(x), B(..., U)
+        names = [[op.name for op in ops] for ops in self.ops[-2:]]
+        if start and self.sampler == 'softmax' and first[0] in names[0] and first[1] in names[1]:
+            for alpha, name, all_names in zip(self.alpha[-2:], first, names):  # odds to one of the others
+                alpha[all_names.index(name)] += math.log(start / (1 - start) * (len(all_names) - 1))
 
     def sample(self, noise: bool = True) -> list[Tensor]:
         """Weights from the alphas: a (rows, active operations) tensor a choice point, rows that sum to 1.
@@ -228,9 +224,8 @@ class Cell(nn.Module):
     def tree(self) -> Tree:
         """The discrete cell: at each choice point the operation of highest alpha, with its scalar."""
         best = [max(active, key=alpha.tolist().__getitem__) for active, alpha in zip(self.active, self.alpha)]
-        ops = [ops[j] for ops, j in zip(self.ops, best)]
-        return cell_tree(self.shape, ops, [None if op.scalar is None else scalars[j].item()
-                                           for op, scalars, j in zip(ops, self.scalars, best)])
+        scalars = [scalars[j].item() for scalars, j in zip(self.scalars, best)]
+        return cell_tree(self.shape, [ops[j] for ops, j in zip(self.ops, best)], scalars)
 
     def named_weights(self) -> dict[str, dict[str, float]]:
         """{'U0': {'tanh': 0.05, ...}, ...}: the mean weights, for the log."""

@@ -11,6 +11,7 @@ from typing import Iterator
 
 import requests
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -77,20 +78,21 @@ def load(name: str, data_dir: str | None = None, tokens: str = 'bytes', side: in
         raise ValueError(f'--data-dir {data_dir} would be ignored: {name} is built in; leave the option out')
     files = find(name, data_dir)
     if text:
-        return Dataset(name, 'text', *text_parts(name, files, tokens), 256 if tokens == 'bytes' else 50257)
-    parts = [images(name, path, raw, own_side) for path, raw in files]
-    if side == 16 != own_side:
-        parts = [(F.avg_pool2d(x.float(), 2).round().byte(), y) for x, y in parts]
-    train, test = tuple(torch.cat(tensors) for tensors in zip(*parts[:-1])), parts[-1]
-    classes, mirror = 100 if name == 'cifar100' else 10, name != 'svhn'  # a mirrored digit is no digit
-    note_part(name, len(train[1]), len(test[1]), f'images ({len(train[1]) / classes:g} a class) to train')
-    return Dataset(name, 'image', train, test, classes, 3, side or own_side, mirror)
-
-def note_part(name: str, train: int, test: int, what: str) -> None:
-    """A note where this is a part of what was published: its results are not those of the whole set."""
-    if train + test < PUBLISHED.get(name, 0):
-        print(f'note: this is a part of {name}: {train:,} {what} and {test:,} to test, of '
-              f'{PUBLISHED[name]:,} published', file=sys.stderr)
+        train, test = text_parts(files, tokens)
+        counts = [int((part == part[-1]).sum()) for part in (train, test)]  # its end ends all stories
+        dataset = Dataset(name, 'text', train, test, 256 if tokens == 'bytes' else 50257)
+    else:
+        parts = [images(name, path, raw, own_side) for path, raw in files]
+        if side == 16 != own_side:
+            parts = [(F.avg_pool2d(x.float(), 2).round().byte(), y) for x, y in parts]
+        train, test = tuple(torch.cat(tensors) for tensors in zip(*parts[:-1])), parts[-1]
+        counts, mirror = [len(train[1]), len(test[1])], name != 'svhn'  # a mirrored digit is no digit
+        classes = 100 if name == 'cifar100' else 10
+        dataset = Dataset(name, 'image', train, test, classes, 3, side or own_side, mirror)
+    if sum(counts) < PUBLISHED.get(name, 0):  # results on a part are not those of the whole set
+        print(f'note: this is a part of {name}: {counts[0]:,} {"stories" if text else "images"} to train and '
+              f'{counts[1]:,} to test, of {PUBLISHED[name]:,} published', file=sys.stderr)
+    return dataset
 
 def download(address: str, path: Path) -> None:
     """Fetch `address` to `path`; ValueError when it does not arrive."""
@@ -110,8 +112,6 @@ def find(name: str, data_dir: str | None) -> list[tuple[str, bytes]]:
     Upper and lower case in their names do not count."""
     layouts, addresses = SOURCES[name]
     place = Path(data_dir).expanduser() if data_dir else DOWNLOADS if addresses else SAMPLES
-    if data_dir and not place.exists():
-        raise ValueError(f'--data-dir {data_dir}: there is no such folder or file')
     if place.is_file() and 'stories' in name:
         return [(str(place), place.read_bytes())]
     for address in addresses:
@@ -147,7 +147,7 @@ def images(name: str, path: str, raw: bytes, side: int) -> Part:
     records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, size)
     return records[:, labels:].reshape(-1, 3, side, side), records[:, labels - 1].long()
 
-def text_parts(name: str, files: list[tuple[str, bytes]], tokens: str) -> list[Tensor]:
+def text_parts(files: list[tuple[str, bytes]], tokens: str) -> list[Tensor]:
     """Training and test tokens of UTF-8 or UTF-16 with any line ends; the test text is the last file, or the
     last twentieth of a single one."""
     texts = []  # lists of stories
@@ -171,7 +171,6 @@ def text_parts(name: str, files: list[tuple[str, bytes]], tokens: str) -> list[T
         parts = [torch.frombuffer(bytearray(b'\0'.join(text) + b'\0'), dtype=torch.uint8) for text in texts]
     if min(map(len, texts)) < 2 or len(parts[0]) < 4 * BLOCK or len(parts[1]) < BLOCK:
         raise ValueError(f'{files[0][0]}: too few tokens; is {END.decode()} between the stories?')
-    note_part(name, *map(len, texts), 'stories to train')
     return parts
 
 def whole(dataset: Dataset) -> Part:
@@ -208,8 +207,8 @@ class Batches(Iterator):
         self.tensors = [t.to(device) for t in (part if self.text else [*part, *dataset.normal])]
 
     def start(self, size: int, seed: int, device: str) -> None:
-        alone = not torch.distributed.is_initialized()
-        self.rank, ranks = (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        together = dist.is_initialized()
+        self.rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.size, self.ranks, self.seed, self.device, self.position = size * ranks, ranks, seed, device, 0
 
     def __next__(self) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ import math
 import os
 import random
 import re
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,15 +33,15 @@ import data
 from activation import NAMED, Activation, Tree, evaluate as values, named, nonlinearity
 from models import STANDARD, network, source_digest
 from ops import check_choice
-from plot import comparison, report
+from plot import append, card, comparison, read_ledger, report
 from space import Space
 
 # ---- settings: a dataclass, a line a field; the command line is made from it ----
 
 def option(default: Any, help: str = '', kind: Optional[Callable] = None, choices: Iterable = ()) -> Any:
     """A setting. With `help` it is an option of the command line; without, presets alone set it."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices or None,
-                                                            kind=kind or type(default)))
+    kind = kind or type(default)
+    return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, choices=choices or None))
 
 def number(low: float, kind: type = int) -> Callable[[str], Any]:
     """For `option`: text -> a number of that kind, from `low` to 1e12."""
@@ -87,28 +86,25 @@ Presets = dict[str, dict[str, dict[str, Any]]]  # name, network, settings
 
 # quick: a minute a run on two cores. evening: some twenty. paper: its appendix, with crops and mirrors
 # instead of TrivialAugment.
-SGD = dict(optimizer='sgd', lr=0.1)
+RESNET = dict(optimizer='sgd', lr=0.1, lr_end=0.0, warmup=0.05, weight_decay=5e-4)
+VIT = dict(lr=5e-4, lr_end=0.0, warmup=0.1, weight_decay=0.05)
+GPT = dict(lr=3e-3, lr_end=0.1, warmup=0.1, weight_decay=0.1)
 PRESETS: Presets = {
     'quick': {
-        'resnet20': dict(SGD, data='cifar10_16', steps=800, lr_end=0.0, warmup=0.05, weight_decay=5e-4),
-        'vit_tiny': dict(data='cifar10_16', steps=300, batch_size=16, lr=5e-4, lr_end=0.0, warmup=0.1,
-                         weight_decay=0.05),
-        'minigpt': dict(data='tinystories_sample', steps=400, batch_size=8, context=64, lr=3e-3, lr_end=0.1,
-                        warmup=0.1, weight_decay=0.1),
+        'resnet20': dict(RESNET, data='cifar10_16', steps=800),
+        'vit_tiny': dict(VIT, data='cifar10_16', steps=300, batch_size=16),
+        'minigpt': dict(GPT, data='tinystories_sample', steps=400, batch_size=8, context=64),
         'toy': dict(data='cifar10_16', steps=2000, lr_end=0.1),
     },
     'evening': {
-        'resnet20': dict(SGD, data='cifar10', side=16, steps=7800, batch_size=128, lr_end=0.0, warmup=0.05,
-                         weight_decay=5e-4),
-        'vit_tiny': dict(data='cifar10', side=16, steps=2000, batch_size=128, lr_end=0.0, warmup=0.1,
-                         weight_decay=0.05),
-        'minigpt': dict(data='tinystories', steps=2000, batch_size=16, lr=3e-3, lr_end=0.1, warmup=0.1,
-                        weight_decay=0.1),
-        'toy': dict(data='cifar10', side=16, steps=8000, lr_end=0.1),
+        'resnet20': dict(RESNET, data='cifar10', side=16, steps=7800, batch_size=128),
+        'vit_tiny': dict(VIT, data='cifar10', side=16, steps=2000, batch_size=128),
+        'minigpt': dict(GPT, data='tinystories', steps=2000, batch_size=16),
+        'toy': dict(data='cifar10', side=16, steps=2000, lr_end=0.1),
     },
     'paper': {
-        'resnet20': dict(SGD, data='cifar10', steps=78_000, batch_size=128, lr_milestones=(0.5, 0.75),
-                         grad_clip=0.0),
+        'resnet20': dict(data='cifar10', steps=78_000, batch_size=128, optimizer='sgd', lr=0.1,
+                         lr_milestones=(0.5, 0.75), grad_clip=0.0),
         'vit_tiny': dict(data='cifar10', steps=48_500, batch_size=512, lr_end=0.0, weight_decay=0.0,
                          grad_clip=0.0),
         'minigpt': dict(data='tinystories', steps=10_000, accumulate=10, context=256, tokens='gpt2',
@@ -119,23 +115,22 @@ PRESETS: Presets = {
 
 class Parser(argparse.ArgumentParser):
     """Raises ValueError where argparse would print its usage and exit."""
-
     def error(self, message: str) -> None:
         raise ValueError(f'{message[:300]}; --help lists all options')
 
     def add_settings(self, kind: type[Training], presets: Presets) -> None:
         """An option for every field of `kind` that has a help text, with the defaults of the preset quick."""
-        for f in dataclasses.fields(kind):
-            help, kind, choices = (f.metadata[key] for key in ('help', 'kind', 'choices'))
+        for f in (f for f in dataclasses.fields(kind) if f.metadata['help']):
             quick = {model: {**PRESETS['quick'][model], **changes}.get(f.name, f.default)
                      for model, changes in presets['quick'].items()}
-            given = [f'{model} {value}' for model, value in quick.items() if value or value == 0.0]
-            shown = given if len(set(quick.values())) > 1 else [f'{value}' for value in {*quick.values()} if value]
-            name = None if choices else f.name.split('_')[-1].upper()
-            takes = dict(action='store_true') if kind is bool else dict(type=kind, choices=choices, metavar=name)
-            if help:
-                self.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, **takes,
-                                  help=help + f" ({', '.join(shown)})" * bool(shown))
+            values = set(quick.values())
+            shown = [f'{model} {value}' for model, value in quick.items() if value or value == 0.0]
+            shown = shown if len(values) > 1 else [str(value) for value in values if value]
+            takes = dict(action='store_true') if f.metadata['kind'] is bool else {
+                'type': f.metadata['kind'], 'choices': f.metadata['choices'],
+                'metavar': None if f.metadata['choices'] else f.name.split('_')[-1].upper()}
+            self.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, **takes,
+                              help=f.metadata['help'] + f" ({', '.join(shown)})" * bool(shown))
 
 def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) -> AnyConfig:
     """The defaults of `kind`, the network's preset, its changes in `presets`, what is given; absolute paths.
@@ -161,17 +156,20 @@ def check_device(device: str) -> str:
     """The device, for 'auto' the best there is; under torchrun, whose ranks meet here, the rank's own.
     Raises ValueError when it is not there."""
     present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    if device == 'auto':
-        device = next(name for name, there in present.items() if there)
+    device = device if device != 'auto' else next(name for name, there in present.items() if there)
     if not re.fullmatch(r'[a-z]+(:\d+)?', device) or not present.get(device.split(':')[0]):
         raise ValueError(f'--device {device} is not there, or not in this PyTorch; use --device cpu')
     if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
         if device == 'cuda':
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, 'w')  # the first rank speaks for all
+        if not is_first():
+            sys.stdout = open(os.devnull, 'w')
     return device
+
+def is_first() -> bool:
+    """Whether this process writes and speaks: alone, or the first of torchrun's ranks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 # ---- training ----
 
@@ -257,37 +255,13 @@ def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], 
         output = model(x)
         losses.append(loss(output, y) * len(y))
         count += len(y)
-        for dim in (1,) if output.dim() > 3 else (-1, 1):
-            if output.dim() > 1 and output.shape[dim] > 1 and not y.is_floating_point() \
-                    and output.select(dim, 0).shape == y.shape:
-                hits.append((output.argmax(dim) == y).float().mean() * len(y))
-                break
+        dims = [] if output.dim() < 2 or y.is_floating_point() else [1] if output.dim() > 3 else [-1, 1]
+        dims = [dim for dim in dims if output.shape[dim] > 1 and output.select(dim, 0).shape == y.shape]
+        hits += [(output.argmax(dim) == y).float().mean() * len(y) for dim in dims[:1]]
     model.train(training)
     result = torch.stack([torch.stack(values).sum() / count for values in (losses, hits) if values])
     average([result])  # each rank has its share of validation batches
     return dict(zip(('loss', 'accuracy'), result.tolist()))
-
-# ---- files and errors ----
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a line of JSON in one write, so that processes may share the file; never behind a cut line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a+b', buffering=0) as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-        line = b'\n' * (file.read() not in (b'\n', b'')) + json.dumps(row).encode() + b'\n'
-        if file.write(line) != len(line):
-            raise OSError(28, 'the disk is full', str(path))
-
-def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ledger. A line that is cut, or is no row, is skipped with a warning; no file: no rows."""
-    rows = []
-    for k, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
-        try:
-            row = json.loads(line or b'{}')
-            rows += [row] if line and row['settings']['model'] and row['expression'] and row['name'] else []
-        except (ValueError, KeyError, TypeError, RecursionError):
-            print(f'warning: {path}, line {k} is cut or no row of a ledger; skipped', file=sys.stderr)
-    return rows
 
 @contextlib.contextmanager
 def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
@@ -295,24 +269,23 @@ def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
     A mistake of ours keeps its traceback. hint: how to go on."""
     try:
         yield
-        sys.stdout.flush()
-        return
+        return sys.stdout.flush()
     except KeyboardInterrupt:
         line, code = f'stopped; {hint()}', 130
     except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
-        code, line = 2, f'error: {error}'
-        if isinstance(error, BrokenPipeError):  # nothing may be written at exit either
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        line, code = f'error: {error}', 2
         if isinstance(error, OSError):
             line = f"error: {error.filename or 'output'}: {error.strerror or error}; {hint()}"
         elif getattr(error, 'name', None) in ('matplotlib', 'scipy', 'tiktoken', 'torchvision'):
             line = f'error: this needs {error.name}: pip install {error.name}'
         elif re.search("out of memory|can't allocate memory|^$", str(error)):
             line = 'error: out of memory; try a smaller --batch-size'
-        elif re.search('compiler|Triton', str(error)) and not isinstance(error, ValueError):
+        elif isinstance(error, RuntimeError) and re.search('compiler|Triton', str(error)):
             line = 'error: --compile finds no compiler here; leave it out'
         elif not isinstance(error, ValueError):
             raise
+        if isinstance(error, BrokenPipeError):  # nothing may be written at exit either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(' '.join(line.split())[:600], file=sys.stderr)
     sys.exit(code)
 
@@ -339,7 +312,8 @@ def resolve(text: str) -> tuple[str, Activation]:
         path = Path(text, 'activation.json') if os.path.isdir(text) else Path(text)
         try:
             run = json.loads(path.read_bytes())
-            return path.absolute().parent.name, Activation(run['expression'], run['config']['clip'])
+            name = path.absolute().parent.name if path.name == 'activation.json' else path.stem
+            return name, Activation(run['expression'], run['config']['clip'])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path} is not the result of a finished search ({error!r})') from None
     if match := re.fullmatch(r'random_(\d{1,9})', text):
@@ -348,8 +322,7 @@ def resolve(text: str) -> tuple[str, Activation]:
 
 def retrain(activation: Optional[Activation], config: Training, dataset: data.Dataset,
             seed: int) -> dict[str, Any]:
-    """Train the network from scratch with this activation (None: its own) and test it once; results for a row.
-
+    """Train the network from scratch with this activation (None: its own) and test it once; part of a row.
     One module stands at all sites: the result is one function, its scalars too. It draws no random numbers:
     the initial weights are the same for all activations of a seed.
     """
@@ -398,7 +371,7 @@ def evaluate(activations: dict[str, Optional[Activation]], config: Training,
                'clip': f.clip if f and 'clip(' in f.formula else None}
         if identity(row) not in done:
             done[identity(row)] = retrain(f, config, dataset, seed) | row
-            if not (dist.is_initialized() and dist.get_rank()):
+            if is_first():
                 append(ledger, done[identity(row)])
         rows.append(done[identity(row)] | {'name': name})
         left = (len(todo) - len(rows)) * rows[-1]['seconds'] / 60
@@ -409,25 +382,6 @@ def evaluate(activations: dict[str, Optional[Activation]], config: Training,
     return rows
 
 # ---- the command line ----
-
-def card(f: Activation) -> str:
-    """What a function is like, and its time for a million elements, forward and backward, beside ReLU."""
-    x = ((torch.arange(10001, dtype=torch.float64) - 5000) / 1000).requires_grad_()  # 0 is among them
-    y = f(x)
-    slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)
-    p, d = torch.softmax(-x.square() / 2, 0), y.diff()
-    way = 'rising' if (d >= 0).all() else 'falling' if (d <= 0).all() else 'not monotone'
-    sample, times = torch.randn(1 << 20, requires_grad=True), ([], [])
-    for k in 9 * [0, 1]:  # in turn, so that a busy moment of the machine hits both
-        begin = time.perf_counter()
-        (f, torch.relu)[k](sample).sum().backward()
-        times[k].append(1e3 * (time.perf_counter() - begin))
-    mine, relu = map(statistics.median, times)
-    return '\n'.join([f'f(x) = {f.formula}', f'expression       {f.expression}',
-                      f'on [-5, 5]       {y.min():.4g} to {y.max():.4g}, {way}',
-                      f'slope            {slope.min():.4g} to {slope.max():.4g}',
-                      f'under N(0, 1)    mean {(p * y).sum():.4g}, second moment {(p * y * y).sum():.4g}',
-                      f'a million inputs {mine:.2f} ms, {mine / relu:.1f} x relu'])
 
 def seeds_of(text: str) -> range:
     """'5' is 0 to 4; '10:20' is 10 to 19, so that several machines can share the work."""

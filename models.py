@@ -1,7 +1,7 @@
 """Networks: ours by hand, and any other one, untouched, with sites in the place of its activations.
 
-    build('resnet20', nn.ReLU)                         a plain network
-    build('resnet20', cell.site)                       the same with the relaxed cell in all of its 19 sites
+    MODELS['resnet20'](nn.ReLU)                        a plain network
+    MODELS['resnet20'](cell.site)                      the same with the relaxed cell in all of its 19 sites
     replaced(model, lambda call: Found(), example)     any network, with the function that was found
 """
 import functools
@@ -12,7 +12,7 @@ import runpy
 import sys
 import traceback
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ops import check_choice, did_you_mean
 
@@ -85,12 +85,10 @@ class TransformerBlock(nn.Module):
 
 class ViT(nn.Module):
     """(n, channels, side, side) images -> (n, classes) logits. After Touvron et al., arXiv 2012.12877, with
-    small patches for small images. Raises ValueError when the patch does not divide the side."""
+    small patches for small images; the patch divides the side."""
     def __init__(self, activation: Make, width: int = 192, heads: int = 3, classes: int = 10,
                  channels: int = 3, side: int = 32, patch: int = 4):
         super().__init__()
-        if side % patch:
-            raise ValueError(f'images of side {side} cannot be cut into patches of {patch}; use a multiple')
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, (side // patch) ** 2 + 1, width))
@@ -174,11 +172,6 @@ MODELS: dict[str, Make] = {
 STANDARD = {name: {ViT: 'gelu', GPT: 'gelu', RNN: 'tanh'}.get(getattr(make, 'func', make), 'relu')
             for name, make in MODELS.items()}
 
-def build(name: str, activation: Make, **shape: Any) -> nn.Module:
-    """The network of that name, its sites made by `activation`. shape: see the class. Raises ValueError."""
-    check_choice('model', name, MODELS)
-    return MODELS[name](activation, **shape)
-
 def teacher_and_student(planted: Make, searched: Make, inputs: int = 16, hidden: int = 64) -> tuple[Toy, Toy]:
     """A teacher with the planted activation; a student that keeps its first layer and learns the rest: were
     that layer free, wrong functions would fit, too. Its rows have length 1: N(0, 1) inputs stay N(0, 1)."""
@@ -192,8 +185,7 @@ def teacher_and_student(planted: Make, searched: Make, inputs: int = 16, hidden:
         y = teacher(torch.randn(8192, inputs))
         teacher.last.bias.copy_(-y.mean() / y.std().clamp(min=1e-6))
         teacher.last.weight.div_(y.std().clamp(min=1e-6))
-    student.first.load_state_dict(teacher.first.state_dict())
-    student.first.requires_grad_(False)
+    student.first = teacher.first
     return teacher.eval().requires_grad_(False), student
 
 # ---- any other network ----
@@ -204,6 +196,13 @@ GATES = ('sigmoid', 'tanh', 'hardsigmoid', 'clamp', 'clamp_min')    # sites only
 OTHERS = ('prelu', 'rrelu', 'glu', 'softmax', 'lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'rnn_relu_cell')
 KNOWN = {*ACTIVATIONS, *GATES, *OTHERS}
 FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')    # with something else
+
+@functools.cache    # asked at every call of torch
+def called(function: Callable) -> tuple[str, bool, bool]:
+    """Name of a function of torch; whether it is a known one, called by Python; whether it works in place."""
+    name = getattr(function, '__name__', '').split('.')[0]    # 'relu', 'relu_', '_threshold'
+    overload = isinstance(function, torch._ops.OpOverload)    # as Kernels calls it
+    return name.strip('_'), name.strip('_') in KNOWN and not overload, name.endswith('_')
 
 def counted(names: Iterable[str]) -> str:
     return ', '.join(f'{count} {name}' for name, count in Counter(names).most_common())
@@ -228,9 +227,8 @@ class Catch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         owner, kwargs = self.owner, dict(kwargs or {})
-        raw = getattr(function, '__name__', '').split('.')[0]    # 'relu', 'relu_', '_threshold'
-        name, in_place = raw.strip('_'), raw.endswith('_') or kwargs.get('inplace', False)
-        if name not in KNOWN or isinstance(function, torch._ops.OpOverload):    # an overload: from Kernels
+        name, known, in_place = called(function)
+        if not known:
             if self.recording and (name in owner.kinds or name not in KNOWN and FUSED.match(name)):
                 owner.hidden.append(name)
             return function(*args, **kwargs)
@@ -240,25 +238,17 @@ class Catch(TorchFunctionMode):
         key = (*place, self.count[place])
         self.count[place] += 1
         x, *rest = args or [kwargs.pop('input')]
+        in_place = in_place or kwargs.get('inplace', False)
         taken = name in owner.kinds and x.is_floating_point()
         frozen = owner.model.training and not torch.is_grad_enabled()    # or inside a torch.autograd.Function
         if self.recording and (frozen or not taken):
             owner.left.setdefault(key, name + ' without gradient' * taken)
         if not taken or key in owner.left:
             return function(x, *rest, **kwargs)
-        # subtle: in place, but on a copy, where the gradient of ELU would differ in the last bit
-        copied = in_place and (raw.endswith('_') or name in ('elu', 'selu', 'celu'))
-        if in_place and not copied:
-            kwargs['inplace'] = False
-        call = lambda v: function(v.clone() if copied else v, *rest, **kwargs)
-        if self.recording:
-            owner.calls.setdefault(key, call)
-            y = call(x)
-            if in_place:
-                x.detach().fill_(torch.nan)    # does anything read it again? see `probe`
-            return y
+        call = lambda v: function(v.clone() if in_place else v, *rest, **kwargs)
         site = owner.site(key, call)
-        return x.copy_(site(x.clone())) if in_place and owner.reread else site(x)
+        y = call(x) if self.recording else site(x.clone() if in_place else x)
+        return x.copy_(y) if in_place else y
 
 class Replaced(nn.Module):
     """Any network, untouched, with a site in the place of every activation that it calls, module or function.
@@ -273,18 +263,16 @@ class Replaced(nn.Module):
             check_choice('activation in only', name, ACTIVATIONS + GATES)
         self.model, self.make, self.sites, self.index = model, make, nn.ModuleList(), {}
         self.names = {m: name for name, m in model.named_modules()}
-        self.calls, self.left, self.hidden, self.reread = {}, {}, [], False    # what `probe` finds
+        self.left, self.hidden = {}, []    # calls that are not replaced, and kernels out of reach
         args, modes = example if isinstance(example, tuple) else (example,), [m.training for m in self.names]
         self.outputs = [self.probe(training, args) for training in (True, False)]
         for m, mode in zip(self.names, modes):
             m.training = mode
         if self.hidden:
             raise ValueError(f'in torch.jit or a fused operation, out of reach: {counted(self.hidden)}')
-        if not self.calls:
+        if not self.sites:
             raise ValueError(f"the network calls no activation to replace ({self.describe()}); name one of "
                              f"{', '.join(GATES)} with only to replace it")
-        for key, call in self.calls.items():
-            self.site(key, call)
 
     def site(self, key: tuple, call: Callable[[Tensor], Tensor]) -> nn.Module:
         """The site of that call, made when it is new."""
@@ -307,8 +295,6 @@ class Replaced(nn.Module):
         with (torch.random.fork_rng(cuda), torch.set_grad_enabled(training), once, Kernels(),
               self.caught(recording=True)):
             output = torch.func.functional_call(self.model.train(training), buffers, inputs)
-        # it takes time to write the result of a call in place into its input: only if that reaches the output
-        self.reread |= any(bool(y.isnan().any()) for y in tree_leaves(output) if isinstance(y, Tensor))
         return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
     @contextmanager
@@ -316,12 +302,8 @@ class Replaced(nn.Module):
         """Catches all calls. Meanwhile torch.compile does nothing, and PyTorch leaves the fast path of its
         attention layers, which has an activation of its own, by itself."""
         catch = Catch(self, recording)
-        with ExitStack() as stack:
-            stack.callback(register_module_forward_pre_hook(catch.enter).remove)
-            stack.callback(register_module_forward_hook(catch.leave, always_call=True).remove)
-            if 'torch._dynamo' in sys.modules:
-                stack.enter_context(torch.compiler.set_stance('force_eager'))
-            stack.enter_context(catch)
+        with (register_module_forward_pre_hook(catch.enter), torch.compiler.set_stance('force_eager'),
+              register_module_forward_hook(catch.leave, always_call=True), catch):
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -343,8 +325,8 @@ def own_network(model: str) -> tuple[nn.Module, str]:
     The file is run: it is the user's own code. A file beside it comes before ours of the same name."""
     place, _, name = model.rpartition(':')
     file, here = Path(place).expanduser().resolve(), Path(__file__).resolve().parent
-    if not place.endswith('.py') or not file.is_file():
-        raise ValueError(f'--model {model}: no such file; write path/to/file.py:function')
+    if not file.is_file():
+        raise ValueError(f'there is no file {file}; write path/to/file.py:function')
     beside = {p.stem for p in file.parent.iterdir() if p.is_dir() or p.suffix == '.py'}
     modules, path, sources = dict(sys.modules), list(sys.path), {str(file)}
     for key in beside & {p.stem for p in here.glob('*.py')}:
@@ -373,53 +355,45 @@ def source_digest(model: str) -> str:
 
 def torchvision_network(model: str, dataset: Any) -> nn.Module:
     """'torchvision:name', a classification network, with new weights and the data set's classes."""
-    try:
-        from torchvision import models
-    except (ImportError, RuntimeError):
-        raise ValueError('torchvision is missing, or not for this torch; pip install torchvision') from None
+    from torchvision import models    # pip install torchvision
     name = model.removeprefix('torchvision:')
     check_choice('network of torchvision', name, models.list_models(module=models))
     say_once(f'note: {name} is made for 224 pixels; it leaves little of {dataset.side}', file=sys.stderr)
-    shape = dict(image_size=dataset.side) if name.startswith('vit_') else {}
-    if name == 'googlenet':
-        shape = dict(aux_logits=False, init_weights=True)
-    return models.get_model(name, weights=None, num_classes=dataset.classes, **shape)
+    more = {'vit': dict(image_size=dataset.side), 'googlenet': dict(aux_logits=False, init_weights=True)}
+    return models.get_model(name, num_classes=dataset.classes, **more.get(name.split('_')[0], {}))
 
 def network(config: Any, make: Make, dataset: Any) -> nn.Module:
     """The network of config.model in the shape of the data set (kind, classes, channels, side, train, name).
     Ours have sites made by make(); 'file.py:function' and 'torchvision:name' go through `replaced`, with
     make(call) and config.only. Raises ValueError, one line, also for errors in the user's file."""
-    model, only, text = config.model, getattr(config, 'only', None), dataset.kind == 'text'
+    model, text, n = config.model, dataset.kind == 'text', dataset.classes
     what = f'--model {model} with --data {dataset.name}'
     if model in MODELS:
         takes = inspect.signature(MODELS[model]).parameters
         if ('vocabulary' in takes) != text:
             raise ValueError(f"{what}: this network reads {'images' if text else 'text'}")
-        if only:
-            raise ValueError(f'{what}: leave out --only {only}, this network has one kind of activation')
-        n, shape = dataset.classes, dict(context=config.context, dropout=config.dropout)
-        shape |= dict(vocabulary=n) if text else dict(
-            classes=n, outputs=n, channels=dataset.channels, side=dataset.side,
-            inputs=dataset.channels * dataset.side ** 2)
-        ours = build(model, make, **{key: value for key, value in shape.items() if key in takes})
+        if config.only:
+            raise ValueError(f'{what}: leave out --only, this network has one kind of activation')
+        shape = vars(dataset) | dict(vocabulary=n, outputs=n, inputs=dataset.channels * dataset.side ** 2,
+                                     context=config.context, dropout=config.dropout)
+        ours = MODELS[model](make, **{key: value for key, value in shape.items() if key in takes})
         if config.compile:
             ours.compile()
         return ours
-    own = '.py' in model
-    if not own and not model.startswith('torchvision:'):
-        check_choice('model', model, [*MODELS, 'torchvision:NAME', 'FILE.py:FUNCTION'])
     x = dataset.train[:config.context].long().repeat(2, 1) if text else dataset.train[0][:2].float() / 255
-    wanted = (*x.shape, dataset.classes) if text else (2, dataset.classes)
+    wanted = (*x.shape, n) if text else (2, n)
     try:
-        other = replaced(own_network(model)[0] if own else torchvision_network(model, dataset), make, x, only)
-        for mode, got in zip(('training', 'eval'), other.outputs):
-            if got != wanted:
-                raise ValueError(f'given {tuple(x.shape)}, it returns {got} in {mode} mode; wanted: {wanted}')
+        torchvision = model.startswith('torchvision:')
+        other = torchvision_network(model, dataset) if torchvision else own_network(model)[0]
+        other = replaced(other, make, x, config.only)
+        if other.outputs != [wanted, wanted]:
+            raise ValueError(f'given {tuple(x.shape)}, it returns {other.outputs} in training and in '
+                             f'eval mode; wanted: {wanted}')
     except (Exception, SystemExit) as error:
         users = [f'{Path(f.filename).name}, line {f.lineno}, '
                  for f in traceback.extract_tb(error.__traceback__)
                  if f.filename != __file__ and not re.search('<|lib.python|site-packages', f.filename)]
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
-        text = (str(error).splitlines() or [''])[0]
-        raise ValueError(f"{what}: {''.join(users[-1:])}{kind}{text}") from error
+        line = (str(error).splitlines() or [''])[0]
+        raise ValueError(f"{what}: {''.join(users[-1:])}{kind}{line}") from error
     return other

@@ -1,7 +1,10 @@
-"""What a comparison says, as a table and a picture, and the picture of a search. Pictures need matplotlib."""
+"""Ledgers, and what they say as tables and pictures; the picture of a search. Pictures need matplotlib."""
 import json
 import math
+import os
 import statistics
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,26 @@ from models import STANDARD
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # for all eyes
 STYLES = ('-', '--', '-.', ':')
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a line of JSON in one write, so that processes may share the file; never behind a cut line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a+b', buffering=0) as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        line = b'\n' * (file.read() not in (b'\n', b'')) + json.dumps(row).encode() + b'\n'
+        if file.write(line) != len(line):
+            raise OSError(28, 'the disk is full', str(path))
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ledger. A line that is cut, or is no row, is skipped with a warning; no file: no rows."""
+    rows = []
+    for k, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            row = json.loads(line or b'{}')
+            rows += [row] if line and row['settings']['model'] and row['expression'] and row['name'] else []
+        except (ValueError, KeyError, TypeError, RecursionError):
+            print(f'warning: {path}, line {k} is cut or no row of a ledger; skipped', file=sys.stderr)
+    return rows
 
 def compare(values: dict[int, float], reference: dict[int, float]) -> tuple[int, float, float]:
     """How many seeds both have, the mean of their differences, half of its 95 % interval (inf for one)."""
@@ -77,6 +100,25 @@ def pyplot() -> Any:
     plt.switch_backend('Agg')
     plt.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
     return plt
+
+def card(f: Activation) -> str:
+    """What a function is like, and its time for a million elements, forward and backward, beside ReLU."""
+    x = ((torch.arange(10001, dtype=torch.float64) - 5000) / 1000).requires_grad_()  # 0 is among them
+    y = f(x)
+    slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)
+    p = torch.softmax(-x.square() / 2, 0)
+    way = 'rising' if (y.diff() >= 0).all() else 'falling' if (y.diff() <= 0).all() else 'not monotone'
+    sample, times = torch.randn(1 << 20, requires_grad=True), ([], [])
+    for k in 9 * [0, 1]:  # in turn, so that a busy moment of the machine hits both
+        begin = time.perf_counter()
+        (f, torch.relu)[k](sample).sum().backward()
+        times[k].append(1e3 * (time.perf_counter() - begin))
+    mine, relu = map(statistics.median, times)
+    return '\n'.join([f'f(x) = {f.formula}', f'expression       {f.expression}',
+                      f'on [-5, 5]       {y.min():.4g} to {y.max():.4g}, {way}',
+                      f'slope            {slope.min():.4g} to {slope.max():.4g}',
+                      f'under N(0, 1)    mean {(p * y).sum():.4g}, second moment {(p * y * y).sum():.4g}',
+                      f'a million inputs {mine:.2f} ms, {mine / relu:.1f} x relu'])
 
 def curve(f: Activation) -> tuple[list[float], list[float]]:
     x = torch.linspace(-4, 4, 401)

@@ -1,15 +1,9 @@
 """Search an activation function: `python search.py --model resnet20`.
 
-The loop is in `search`, and it is the lesson. A step has two halves that are strictly separated:
-
-    1. architecture step   alphas and scalars of the cell, on a validation batch
-    2. weight step         weights of the network, on a training batch
-
-while operations are dropped one by one (paper: arXiv 2408.06820, sections 3.2 and 3.3). Then a few functions
-are trained for a while, and the best of them on validation data is the result.
+The loop is in `search`: an architecture step (alphas and scalars of the cell, on validation data) and a
+weight step (weights of the network, on training data), strictly separated, while operations are dropped one
+by one (arXiv 2408.06820, sections 3.2 and 3.3). Then a few functions are trained, and the best is the result.
 """
-import collections
-import contextlib
 import copy
 import dataclasses
 import io
@@ -17,33 +11,30 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, BinaryIO, Callable, Iterator, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 import data
 import plot
-from activation import NAMED, SHAPES, Activation, distance, named, nonlinearity, write
+from activation import NAMED, SHAPES, Activation, distance, formula, named, nonlinearity, write
 from cell import NORMALISERS, SAMPLERS, Cell, blame
-from evaluate import (Parser, Presets, Training, append, average, check_device, configure, cosine,
-                      cross_entropy, learning_rate, number, one_line_errors, option, precision, score,
-                      seed_everything, space_of, train, weight_optimizer)
+from evaluate import (Parser, Training, append, average, check_device, configure, cosine, cross_entropy,
+                      is_first, learning_rate, number, one_line_errors, option, precision, score,
+                      seed_everything, train, weight_optimizer)
 from models import STANDARD, network, teacher_and_student
 from space import Match, Space
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target) -> scalar
+Loss = Callable[[Tensor, Tensor], Tensor]    # (output, target) -> scalar
+Result = tuple[Activation, dict[str, float]]  # the function found, its scores on validation batches
 
 def bound(text: str) -> Optional[float]:
     return None if text == 'none' else number(1e-3, float)(text)
@@ -54,8 +45,7 @@ class Config(Training):
     out: str = option('', 'run folder; default runs/<model>-<data>-seed<seed>')
     teacher: str = option('', 'of --model toy: plant this function in a teacher network; is it found?')
     seed: int = option(0, 'of the split, the initial weights, the batches and the sampling', number(0))
-    method: str = option('ours', 'paper: DrNAS, no normalisation, logarithmic shrinking, nothing afterwards',
-                         choices=('ours', 'paper'))
+    method: str = option('ours', 'paper: DrNAS, no normalisation, no trials', choices=('ours', 'paper'))
     steps: int = option(500, 'bi-level steps: an architecture step and a weight step each', number(2))
     cell: str = option('paper', 'shape of the cell', choices=tuple(SHAPES))
     ops: str = option('base', 'base, periodic, swish, no-composites, names; a minus takes one out')
@@ -65,8 +55,8 @@ class Config(Training):
     arch_lr: float = option(0.03, 'learning rate of alphas and scalars (Adam)', number(0, float))
     warmstart: float = option(0.15, 'share of the steps, with the standard activation', number(0, float))
     shrink: str = option('linear', 'pace of the drops: log has most early', choices=('linear', 'log', 'none'))
-    discretise: str = option('gradient', 'functions to try: shrink, what is left of the cell; project, '
-                             'formulas nearest to its curve; gradient, what is left, and the best scores',
+    discretise: str = option('gradient', 'what is tried: shrink, what is left of the cell; project, formulas '
+                             'near its curve; gradient, those of best score',
                              choices=('shrink', 'project', 'gradient'))
     candidates: int = option(8, 'functions to try; 0: what the descent ends with is the result', number(0))
     trial_steps: float = option(1.0, 'length of a trial, as a multiple of --steps', number(0, float))
@@ -86,40 +76,34 @@ class Config(Training):
         """The step at a share of the steps; the last step is always after it."""
         return min(round(share * self.steps), self.steps - 1)
 
+# What differs from evaluate.PRESETS. paper: its appendix; an epoch is the 75 % of the data that train the
+# weights, one epoch is warm start, dropping begins in the third.
 PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log', shrink_until=0.98,
              arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, warm_alphas=True, start=0.0, temperature=1.0,
              discretise='shrink', candidates=0)  # of --method paper
-
-PLANTED = dict(data='teacher', teacher='mul(sigmoid(x), x)', steps=600, batch_size=256, lr=0.03, lr_end=0.0,
-               weight_decay=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.05, shrink='none',
-               normalise='centre', start=0.0, temperature=1.0, discretise='project', trial_steps=0.15,
-               trials_from='trained')
-
-# What differs from evaluate.PRESETS. paper: its appendix; an epoch is the 75 % of the data that train the
-# weights, one epoch is warm start, dropping begins in the third.
-PRESETS: Presets = {
+TEACHER = dict(data='teacher', teacher='mul(sigmoid(x), x)', batch_size=256, weight_decay=0.0)
+TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, warmup=0.5, warmstart=0.0, start=0.0,
+           shrink='none', normalise='centre', temperature=1.0, discretise='project', trial_steps=0.15,
+           trials_from='trained')
+RESNET = dict(lr_end=0.1, trust=0.5, lengths=(2,), around=False)
+PRESETS = {
     'quick': {
-        'resnet20': dict(steps=150, lr_end=0.1, trust=0.5, lengths=(2,), around=False),
+        'resnet20': dict(RESNET, steps=150),
         'vit_tiny': dict(steps=120, lr_end=0.1, arch_lr=0.1, judge=24, warmstart=0.6, shrink_from=0.65,
                          candidates=5, trial_steps=1.3),
         'minigpt': dict(steps=240, arch_lr=0.3, warmstart=0.6, shrink_from=0.65, candidates=7,
                         trial_steps=1.3),
-        'toy': dict(PLANTED),
-    },
+        'toy': TOY},
     'evening': {
-        'resnet20': dict(steps=1500, lr_end=0.1, arch_lr=0.003, trust=0.5, lengths=(2,), around=False, judge=40,
-                         candidates=6),
+        'resnet20': dict(RESNET, steps=1500, arch_lr=0.003, judge=40, candidates=6),
         'vit_tiny': dict(steps=600, lr_end=0.1, arch_lr=0.03, judge=40, warmstart=0.3, shrink_from=0.35),
         'minigpt': dict(steps=1000, arch_lr=0.1, judge=40, warmstart=0.3, shrink_from=0.35),
-        'toy': dict(PLANTED, steps=1500),
-    },
+        'toy': dict(TOY, steps=1500)},
     'paper': {
         'resnet20': dict(PAPER, steps=14650, batch_size=64, accumulate=2, lr_milestones=(), grad_clip=5.0),
         'vit_tiny': dict(PAPER, steps=3650, batch_size=128, accumulate=4, grad_clip=5.0),
         'minigpt': dict(PAPER, steps=1000, warmup=0.0, arch_lr=1e-3, warmstart=0.1, shrink_from=0.2),
-        'toy': dict(PAPER, data='teacher', teacher='mul(sigmoid(x), x)', steps=1500, batch_size=256, lr=1e-2,
-                    lr_end=1.0, weight_decay=0.0, grad_clip=5.0, arch_lr=1e-2),
-    },
+        'toy': dict(PAPER | TEACHER, steps=1500, lr=1e-2, lr_end=1.0, grad_clip=5.0, arch_lr=1e-2)},
 }
 
 # ---- the search ----
@@ -129,7 +113,7 @@ def held(model: nn.Module) -> Callable[[Tensor], Tensor]:
     batch leaves no trace in gradients or running statistics, a leak that is easy to miss."""
     state = {name: p.detach() for name, p in model.named_parameters()}
     state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return lambda x: functional_call(model, state, (x,))
+    return lambda x: torch.func.functional_call(model, state, (x,))
 
 def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
     """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Whether they and the
@@ -140,24 +124,24 @@ def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bo
     return bool(torch.stack(torch._foreach_norm([norm, *others])).isfinite().all())
 
 def operations_left(step: int, config: Config, first: int, last: int) -> int:
-    """How many operations may be left after so many steps: `first` at shrink_from, `last` at shrink_until. The
-    warm start, in which the alphas know nothing, drops none before its last step."""
+    """How many operations may be left after so many steps: `first` until shrink_from, `last` at shrink_until.
+    The warm start, in which the alphas know nothing, drops none before its last step."""
     begin = config.at(max(config.shrink_from, config.warmstart))
-    end = max(config.at(max(config.shrink_until, config.warmstart)), 1)
-    if config.shrink == 'none' or step < min(begin + 1, end):
+    end = config.at(max(config.shrink_until, config.warmstart))
+    if config.shrink != 'none' and step >= end:
+        return last
+    if config.shrink == 'none' or step <= begin:
         return first
-    share = min((step - begin) / max(end - begin, 1), 1.0) if step < end else 1.0
-    if config.shrink == 'log' and share < 1:  # the k-th drop at step begin + (end - begin)^(k / drops)
+    share = (step - begin) / (end - begin)
+    if config.shrink == 'log':  # the k-th drop at step begin + (end - begin)^(k / drops)
         share = math.log(step - begin) / math.log(end - begin)
     return first - int((first - last) * share + 1e-9)
 
 def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: Iterator, loss: Loss,
-           config: Config, run: Optional['Run'] = None) -> tuple[Activation, dict[str, float]]:
+           config: Config, run: Optional['Run'] = None) -> Result:
     """Search an activation for `model`, whose activations are sites of `cell`.
-
-    train_batches, val_batches: endless iterators of (input, target), disjoint data on the model's device.
-    Returns the function found and its scores on validation batches.
-    """
+    train_batches, val_batches: endless iterators of (input, target), disjoint data on the model's device;
+    with state_dict() and load_state_dict() where the run has a folder."""
     for module in model.modules():  # a buffer made by expand() could not be restored
         module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
     weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
@@ -171,8 +155,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     run.hold(model=model, cell=cell, weight_opt=weight_opt, arch_opt=arch_opt, train=train_batches,
              val=val_batches)
     all_operations, warmstart = sum(map(len, cell.ops)), config.at(config.warmstart)
-    # running statistics; a mask of -inf is none
-    running = [b for b in model.buffers() if b.is_floating_point() and b.isfinite().all()]
+    running = [b for b in model.buffers() if b.is_floating_point() and b.isfinite().all()]  # no mask of -inf
     model.train()
 
     for step in range(run.state['step'], config.steps):
@@ -182,37 +165,33 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         cell.temperature = config.temperature ** min(max(cooled, 0.0), 1.0)
         arch_opt.param_groups[0]['lr'] = config.arch_lr * cosine(step / config.steps, config.arch_lr_end)
 
-        # 1. Architecture step: alphas and scalars, on validation batches. autograd.grad hands the gradient
-        #    over without writing a .grad anywhere, and the weights are constants.
+        # 1. Architecture step: alphas and scalars, on validation batches. The weights are constants.
+        #    collect: dL/df of the standard activations, which will score all functions of the space.
         if collect or config.warm_alphas or not warm:
-            gradients = [torch.zeros_like(p) for p in architecture]
-            slopes = torch.zeros((), device=gradients[0].device)
+            parts = []
             for _ in range(config.accumulate):
                 x, y = next(val_batches)
                 cell.tabulate(standard=collect)
                 if not cell.learns:
-                    break  # one operation a choice point is left, and none with a scalar
+                    break  # one operation a choice point is left, and no scalar
                 with precision(config, x):
                     val_loss = loss(held(model)(x), y) / config.accumulate
-                if collect:  # dL/df, which will score all functions of the space
-                    slopes = slopes + torch.autograd.grad(val_loss, cell.values)[0]
-                else:
-                    found = torch.autograd.grad(val_loss, architecture, allow_unused=True)
-                    gradients = [g if f is None else g + f for g, f in zip(gradients, found)]
-            for p, g in zip(architecture, gradients):
-                p.grad = g
-            average([*gradients, slopes])
-            others = [slopes] if val_loss is None else [slopes, val_loss.detach()]
-            if not clip_gradients(gradients, config.grad_clip, *others):
+                parts.append(torch.autograd.grad(val_loss, [cell.values] if collect else architecture,
+                                                 allow_unused=True, materialize_grads=True))
+            gradients = [sum(terms) for terms in zip(*parts)]
+            average(gradients)
+            limit = 0.0 if collect else config.grad_clip
+            if parts and not clip_gradients(gradients, limit, val_loss.detach()):
                 trouble = blame(model, cell, x) | {'skipped': 'architecture'}
-            elif collect:  # the first inputs are counted when the histograms have seen some
-                cell.collect(slopes, early=warmstart // 8 <= step <= warmstart // 4)
-            else:
+            elif parts and collect:  # the first inputs are counted when the histograms have seen some
+                cell.collect(gradients[0], early=warmstart // 8 <= step <= warmstart // 4)
+            elif parts:
+                for p, gradient in zip(architecture, gradients):
+                    p.grad = gradient
                 arch_opt.step()
-            arch_opt.zero_grad()
+                arch_opt.zero_grad()
 
-        # 2. Weight step: the weights, on training batches. The tables are made without a graph, so that
-        #    nothing leads back to the alphas.
+        # 2. Weight step: the weights, on training batches. No graph leads from the tables to the alphas.
         for group in weight_opt.param_groups:
             group['lr'] = learning_rate(step, config)
         before = [b.clone() for b in running]
@@ -239,6 +218,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         # 4. Log and checkpoint.
         run.after(step + 1, train_loss, val_loss, dropped, trouble)
 
+    cell.temperature = config.temperature  # a run resumed after its last step has not set it
     return candidates(model, cell, initial, train_batches, val_batches, loss, config, run)
 
 def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
@@ -251,11 +231,9 @@ def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
 
 def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
     """The functions that lower the loss most, to first order, when one of them replaces the standard at its
-    second moment: from the gradient that `cell` has collected, no function is trained.
-
-    Only functions at a distance from the standard, sqrt(2 - 2 cos), between 0.1 and trust, that do not stand
-    still on the first inputs: 0.6 of the second moment is variance, a quarter of the inputs has a slope.
-    """
+    second moment, from the gradient that `cell` has collected. Only those at a distance from the standard,
+    sqrt(2 - 2 cos), between 0.1 and trust, that do not stand still on the first inputs: 0.6 of the second
+    moment is variance, a quarter of the inputs has a slope."""
     def pool(values: Tensor, grid: Tensor) -> Tensor:  # spread linearly onto the points of the space
         away = (grid.cpu().double().clamp(-limit, limit)[:, None] - space.x).abs() / step
         return values.cpu().double() @ (1 - away).clamp(min=0)
@@ -265,7 +243,7 @@ def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
     standard = cell.standard(space.x).detach()
     power = density @ standard.square()
 
-    def change(f: Tensor) -> Tensor:
+    def change(f: Tensor) -> Tensor:  # (functions, points) -> (functions,)
         f = f * (power / (f.square() @ density)).sqrt()[:, None]
         far = (2 - 2 * (f @ (density * standard)) / power).clamp(min=0).sqrt()
         moves = (f @ early).square() < 0.4 * (f.square() @ early)
@@ -288,37 +266,33 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
             matches = [match for match in matches if cell.standard.expression in write(match.tree)]
         of_length = [[match.tree for match in matches if match.length == n] for n in config.lengths]
         trees += [tree for row in itertools.zip_longest(*of_length) for tree in row if tree]
-    found, bend = [], 0.01 if config.teacher else 0.15  # how far from a straight line
-    for f in (Activation(tree, config.clip) for tree in trees):
-        new = len(found) < config.candidates and distance(f, cell.standard, False) > 0.01
-        found += [f] if new and nonlinearity(f) > bend else []
-    return [f.to(cell.grid.device) for f in found or [Activation(cell.tree(), config.clip)]]
+    bend = 0.01 if config.teacher else 0.15  # how far from a straight line
+    found = (Activation(tree, config.clip) for tree in trees)
+    found = (f for f in found if distance(f, cell.standard, False) > 0.01 and nonlinearity(f) > bend)
+    best = list(itertools.islice(found, config.candidates)) or [Activation(cell.tree(), config.clip)]
+    return [f.to(cell.grid.device) for f in best]
 
 def in_its_place(f: Activation, cell: Cell) -> Callable[[Tensor], Tensor]:
-    """f at the output scale and shift that come closest to the relaxed cell, which the weights are used to."""
+    """f at the output scale and shift closest to the relaxed cell, which the weights are used to."""
     with torch.no_grad():
         cell.tabulate(cell.sample(noise=False))
         p, y = cell.seen.mean(0).double(), f(cell.grid[cell.bins]).double()
         relaxed = cell.values.mean(0)[cell.bins].double()
         y_mean, mean = (p * y).sum(), (p * relaxed).sum()  # subtle: a product @ is not the same bit for bit
-        gain = ((p * (y - y_mean) * relaxed).sum() / (p * (y - y_mean).square()).sum().clamp(min=1e-12)).float()
-        shift = (mean - gain * y_mean).float()
+        gain = (p * (y - y_mean) * relaxed).sum() / (p * (y - y_mean).square()).sum().clamp(min=1e-12)
+        gain, shift = gain.float(), (mean - gain.float() * y_mean).float()
     return lambda x: gain * f(x) + shift
 
 def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
-               val_batches: Iterator, loss: Loss, config: Config, run: 'Run',
-               ) -> tuple[Activation, dict[str, float]]:
-    """The best of the proposals on validation data, trained on the same batches from the same weights.
-
-    A large weight in the mixture does not mean that an operation works alone, and a function that suits
-    weights already trained can be useless from scratch.
-    """
+               val_batches: Iterator, loss: Loss, config: Config, run: 'Run') -> Result:
+    """The best of the proposals on validation data, trained on the same batches from the same weights. A
+    large weight in the mixture does not mean that an operation works alone."""
     functions, judge = proposals(cell, config), repeatable(val_batches, config.judge)
     if not config.candidates:
-        cell.use(functions[0])
-        if config.discretise != 'project':
-            with torch.no_grad():
-                cell.tabulate()  # as the weights know it, normalised
+        while cell.operations() > len(cell.choices):
+            cell.drop()
+        with torch.no_grad():
+            cell.tabulate()  # the discrete cell as the weights know it, normalised
         return functions[0], score(model, judge(), loss)
     trial = dataclasses.replace(config, steps=max(2, round(config.trial_steps * config.steps)))
     batches = repeatable(train_batches, trial.steps * config.accumulate)
@@ -332,147 +306,110 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
             else:
                 cell.use(f if start is initial else in_its_place(f, cell))
             train(model, batches(), loss, trial)
-            results[f.expression] = score(model, judge(), loss)
+            results[f.expression] = result = score(model, judge(), loss)
             model.load_state_dict(start)  # what is saved now must propose the same functions again
             cell.seen.copy_(seen)
-            run.tried(f, results[f.expression])
-    finite = [f for f in functions if math.isfinite(results[f.expression]['loss'])] or functions
-    best = min(finite, key=lambda f: results[f.expression]['loss'])
+            run.log({'tried': f.expression, **result}, f"tried: loss {result['loss']:.4f}  {f.formula}")
+            run.save()
+    best = min(functions, key=lambda f: np.nan_to_num(results[f.expression]['loss'], nan=math.inf))
     return best, results[best.expression] | {'standard_loss': results[cell.standard.expression]['loss']}
 
 # ---- the run folder ----
 
 class Run:
     """Log, checkpoint and progress line of a search; without a folder nothing is kept.
-
-    log.jsonl: the settings, a line each 1 % of the steps, for each skipped step, and for each function tried.
-    checkpoint.pt: everything needed to go on exactly, replaced every minute.
-    """
-
+    log.jsonl: the settings, then lines each 1 % of the steps, for drops, skipped steps, and functions tried.
+    checkpoint.pt: everything needed to go on exactly, replaced every minute. resumed: its content."""
     def __init__(self, config: Config, folder: Optional[Path] = None, resumed: Optional[dict] = None):
         self.config, self.folder, self.resumed = config, folder, resumed
-        self.state: dict[str, Any] = {'step': 0, 'seconds': 0.0, 'log_size': 0, 'skipped': 0, 'dropped': [],
-                                      'results': {}}
-        if resumed:
-            self.state = {key: resumed[key] for key in self.state}
-        self.first, self.started = self.state['step'], time.monotonic()
-        self.saved = self.shown = self.started
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / 'log.jsonl', 'ab')
-            try:
-                import fcntl  # keeps other processes out until this one ends, however it ends
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # Windows
-                pass
-            except BlockingIOError:
-                self.file.close()
-                raise ValueError(f'{folder}: another process is there; choose another --out') from None
-            self.file.truncate(self.state['log_size'])  # what came after the checkpoint is done again
+        new = dict(step=0, skipped=0, results={}, seconds=0.0, log_size=0)
+        self.state = resumed['state'] if resumed else new
+        self.saved = time.monotonic()
+        self.started = self.saved - self.state['seconds']
 
-    def hold(self, **holders: Any) -> None:
-        """What a checkpoint holds; in a run that goes on, restored from it."""
-        self.holders = {name: holder for name, holder in holders.items() if hasattr(holder, 'state_dict')}
+    def hold(self, **parts: Any) -> None:
+        """Keep the state of these in the checkpoint; in a run that goes on, restore it."""
+        self.parts = parts
         if self.resumed:
-            for name, holder in self.holders.items():
-                holder.load_state_dict(self.resumed[name])
+            for name, part in parts.items():
+                part.load_state_dict(self.resumed['parts'][name])
             random.setstate(self.resumed['python'])
-            torch.set_rng_state(self.resumed['random'])
-            if self.resumed['cuda']:
-                torch.cuda.set_rng_state_all(self.resumed['cuda'])
-        elif self.folder:
+            torch.set_rng_state(self.resumed['torch'])
+            torch.cuda.set_rng_state_all(self.resumed['cuda'])
+        else:
             self.save()
-        if self.folder and not self.state['log_size']:
-            append(self.folder / 'log.jsonl', {'config': dataclasses.asdict(self.config)})
+        if not self.state['log_size']:
+            self.log({'config': dataclasses.asdict(self.config)})
+
+    def save(self) -> None:
+        if self.folder:
+            self.saved, content = time.monotonic(), io.BytesIO()
+            self.state['seconds'] = self.saved - self.started
+            self.state['log_size'] = (self.folder / 'log.jsonl').stat().st_size
+            torch.save({'parts': {name: part.state_dict() for name, part in self.parts.items()},
+                        'state': self.state, 'config': dataclasses.asdict(self.config),
+                        'python': random.getstate(), 'torch': torch.get_rng_state(),
+                        'cuda': torch.cuda.get_rng_state_all()}, content)
+            write_whole(self.folder / 'checkpoint.pt', content.getbuffer())
+
+    def log(self, row: dict[str, Any], line: str = '', last: bool = True) -> None:
+        """A row of log.jsonl, and a line of progress; on a terminal it is rewritten until the last."""
+        if self.folder:
+            append(self.folder / 'log.jsonl', row)
+            if line and sys.stdout.isatty():
+                line = '\r\x1b[K' + line[:os.get_terminal_size().columns - 1]
+                print(line, end='\n' * last, flush=True)
+            elif line:
+                print(line, flush=True)
 
     def after(self, step: int, train_loss: Tensor, val_loss: Optional[Tensor], dropped: list[str],
               trouble: Optional[dict[str, Any]]) -> None:
         """Log, progress and checkpoint after a step. Raises ValueError after 20 skipped steps in a row."""
-        state, config = self.state, self.config
-        skipped = state['skipped'] + 1 if trouble else 0
-        state.update(step=step, dropped=state['dropped'] + dropped, skipped=skipped)
+        state, config, ended = self.state, self.config, step == self.config.steps
+        state.update(step=step, skipped=state['skipped'] + 1 if trouble else 0)
+        if dropped or trouble:
+            self.log({'step': step, 'dropped': dropped} | (trouble or {}))
         if state['skipped'] == 20:
             raise ValueError(f"20 steps in a row were not finite, most at site {trouble['site']}, operation "
                              f"{trouble['op']}; try a smaller --lr, a smaller --clip, or --normalise scale")
-        if not self.folder:
-            return
-        if trouble:
-            append(self.folder / 'log.jsonl', {'step': step, **trouble})
-        if step % max(1, config.steps // 100) == 0 or step == config.steps:  # here losses leave the device
-            cell = self.holders['cell']
+        if self.folder and (ended or step % max(1, config.steps // 100) == 0):  # here losses leave the device
+            cell, minutes = self.parts['cell'], (time.monotonic() - self.started) / 60
             losses = [v if v is None else v.item() * config.accumulate for v in (train_loss, val_loss)]
             curve = cell.curve(torch.linspace(-4, 4, 81, device=cell.grid.device))
-            append(self.folder / 'log.jsonl', {
-                'step': step, 'train_loss': losses[0], 'val_loss': losses[1], 'dropped': state['dropped'],
-                'curve': [round(v, 4) for v in curve.tolist()], 'weights': cell.named_weights()})
-            state['dropped'] = []
-            left = (time.monotonic() - self.started) / (step - self.first) * (config.steps - step) / 60
+            row = {'step': step, 'train_loss': losses[0], 'val_loss': losses[1],
+                   'curve': [round(v, 4) for v in curve.tolist()], 'weights': cell.named_weights()}
             shown = ' '.join(f'{v:.3f}' for v in losses if v is not None)
-            self.show(f'step {step}/{config.steps} {100 * step // config.steps:3d}% | train, val {shown} | '
-                      f'{cell.operations()} ops left | {Activation(cell.tree(), config.clip).formula} | '
-                      f'{left:.1f} min left', step == config.steps)
-        if time.monotonic() - self.saved > 60 or step == config.steps:
+            line = (f'step {step}/{config.steps} {100 * step // config.steps:3d}% | train, val {shown} | '
+                    f'{cell.operations()} ops left | {formula(cell.tree(), config.clip)} | '
+                    f'{minutes * (config.steps / step - 1):.1f} min left')
+            self.log(row, line, last=ended)
+        if ended or time.monotonic() - self.saved > 60:
             self.save()
-
-    def tried(self, f: Activation, result: dict[str, float]) -> None:
-        if self.folder:
-            append(self.folder / 'log.jsonl', {'tried': f.expression, **result})
-            self.show(f"tried: validation loss {result['loss']:.4f}  {f.formula}", True)
-            self.save()
-
-    def close(self) -> None:
-        if self.folder:
-            self.file.close()
-
-    def elapsed(self) -> float:
-        return self.state['seconds'] + time.monotonic() - self.started
-
-    def save(self) -> None:
-        content, size = io.BytesIO(), (self.folder / 'log.jsonl').stat().st_size
-        torch.save({**{name: holder.state_dict() for name, holder in self.holders.items()}, **self.state,
-                    'seconds': self.elapsed(), 'log_size': size, 'random': torch.get_rng_state(),
-                    'python': random.getstate(), 'cuda': torch.cuda.get_rng_state_all(),
-                    'config': dataclasses.asdict(self.config)}, content)
-        write_whole(self.folder / 'checkpoint.pt', content.getbuffer())
-        self.saved = time.monotonic()
-
-    def show(self, line: str, important: bool) -> None:
-        """On a terminal one line, rewritten in place; into a pipe a plain line every ten seconds."""
-        if sys.stdout.isatty():
-            print('\r\x1b[K' + line[:os.get_terminal_size().columns - 1], end='\n' * important, flush=True)
-        elif important or time.monotonic() - self.shown > 10:
-            self.shown = time.monotonic()
-            print(line, flush=True)
 
     def finish(self, found: Activation, validation: dict[str, float]) -> None:
-        """Write activation.json and found.py, and say what was found, where it is, and what to run next."""
-        config, folder, short = self.config, self.folder, found.shortened()
-        result = {'expression': short.expression, 'formula': short.formula, 'latex': short.latex,
-                  'scalars': [s.item() for s in short.scalars], 'model': config.model, 'data': config.data,
-                  'seed': config.seed, 'validation': validation, 'seconds': round(self.elapsed(), 1),
-                  'config': dataclasses.asdict(config),
-                  'versions': {'python': platform.python_version(), 'torch': torch.__version__,
-                               'threads': torch.get_num_threads()}}
-        lines = ['', f'    f(x) = {short.formula}', '']
-        if not nonlinearity(short) > 0.01:
-            lines.append('warning:     a straight line: a network learns little with it; try another --seed')
+        """Write found.py and activation.json; print what was found and what to run next."""
+        config, folder, f = self.config, self.folder, found.shortened(self.config.ops)
+        seconds = round(time.monotonic() - self.started, 1)
+        versions = {'python': sys.version, 'torch': torch.__version__, 'threads': torch.get_num_threads()}
+        result = dict(expression=f.expression, formula=f.formula, scalars=[s.item() for s in f.scalars],
+                      model=config.model, data=config.data, seed=config.seed, validation=validation,
+                      seconds=seconds, versions=versions, config=dataclasses.asdict(config))
+        print(f'\n    f(x) = {f.formula}\n')
         if config.teacher:
-            result['distance'] = distance(short.double(), named(config.teacher))
-            away = f"{100 * result['distance']:.2f} % away"
-            lines.append(f'planted:     {named(config.teacher).formula}, {away}')
+            result['distance'] = distance(f.double(), named(config.teacher))
+            print(f"planted:     {named(config.teacher).formula}, {100 * result['distance']:.2f} % away")
         note = f'Found by search.py: {config.model} on {config.data}, seed {config.seed}.'
-        write_whole(folder / 'found.py', short.float().module(note).encode())
+        write_whole(folder / 'found.py', f.float().module(note).encode())
         write_whole(folder / 'activation.json', json.dumps(result, indent=1).encode())
         command = ['python', os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py'), str(folder)]
         names = ['model', 'preset', 'data', 'data_dir', 'side', 'only']
         for name in names + ['tokens', 'context'] * config.data.startswith('tinystories'):
             if (value := str(getattr(config, name))) not in ('', '0', 'quick', 'teacher', 'bytes'):
                 command += ['--' + name.replace('_', '-'), value]
-        scores = ', '.join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in validation.items())
-        lines += [f'validation:  {scores}', f'time:        {self.elapsed() / 60:.1f} minutes',
-                  f'files:       {folder}/activation.json, found.py, log.jsonl, checkpoint.pt',
-                  f'next:        {shlex.join(command)}']
-        print('\n'.join(lines), flush=True)
+        print('validation: ', ', '.join(f"{key.replace('_', ' ')} {v:.4f}" for key, v in validation.items()))
+        print(f'time:        {seconds / 60:.1f} minutes')
+        print(f'files:       {folder}/activation.json, found.py, log.jsonl, checkpoint.pt')
+        print(f'next:        {shlex.join(command)}', flush=True)
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: beside it, down to the disk, then in its place."""
@@ -481,6 +418,16 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(f'{path}.tmp', path)
+
+def lock(file: BinaryIO) -> None:
+    """Keep other processes out until this one ends, however it ends. Not on Windows."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        raise ValueError(f'{file.name}: another process is there; choose another --out') from None
 
 # ---- the command line ----
 
@@ -491,13 +438,14 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
     cell = Cell(config.ops, config.clip, config.sampler, standard, config.normalise, config.cell)
     if config.teacher:
         teacher, model = teacher_and_student(lambda: named(config.teacher), cell.site)
-        teacher, loss = teacher.to(config.device), F.mse_loss
+        teacher, loss = teacher.to(config.device), nn.functional.mse_loss
         batches = [data.TeacherBatches(teacher, config.batch_size, seed, config.device) for seed in seeds]
     else:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
         model, loss = network(config, cell.site, dataset), cross_entropy
         if ':' in config.model:  # not ours: proposals are compared with its most frequent activation
-            name = collections.Counter(key[-2] for key in model.index).most_common(1)[0][0]
+            names = [key[-2] for key in model.index]
+            name = max(names, key=names.count)
             cell.standard = named(name) if name in NAMED else cell.standard
         batches = [data.Batches(dataset, part, config.batch_size, seed, seed % 2 == 0, config.context,
                                 config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
@@ -510,54 +458,55 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
         config = Config(**{**checkpoint['config'], 'out': str(folder)})
     except Exception as error:  # torch.load raises a dozen kinds on files that are something else
         raise ValueError(f'--resume {folder}: no checkpoint of a run ({type(error).__name__})') from None
-    for name in vars(config).keys() & given.keys() - {'out'}:
-        if name == 'device':
-            config.device = check_device(given[name])
-        elif name == 'data_dir':
-            config.data_dir = os.path.abspath(given[name])
-        elif given[name] != getattr(config, name):
+    for name in vars(config).keys() & given.keys() - {'out', 'data_dir', 'device'}:
+        if given[name] != getattr(config, name):
             raise ValueError(f'--resume keeps the settings of the run: {name} is {getattr(config, name)}')
+    config.device = check_device(given.get('device', config.device))
+    if 'data_dir' in given:
+        config.data_dir = os.path.abspath(given['data_dir'])
     return config, checkpoint
 
 def main(arguments: Optional[list[str]] = None) -> None:
-    parser, folder = Parser(description=__doc__, allow_abbrev=False), None
+    parser, folder, checkpoint = Parser(description=__doc__, allow_abbrev=False), None, None
     parser.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, exactly')
     parser.add_argument('--plot', metavar='RUN', help='draw search.png of a run (needs matplotlib)')
     parser.add_settings(Config, PRESETS)
     with one_line_errors(lambda: f'go on with --resume {folder}' if folder else 'nothing was written'):
-        given, checkpoint = vars(parser.parse_args(arguments)), None
+        given = vars(parser.parse_args(arguments))
         if given['plot']:
             print(plot.search(Path(given['plot'])))
             return
         if given['resume']:
             config, checkpoint = resume(Path(given['resume']), given)
         else:
-            given = {**(PAPER if given.get('method') == 'paper' else {}), **given}
+            given = (PAPER if given.get('method') == 'paper' else {}) | given
             config = configure(Config, PRESETS, given)
-            name = Path(config.model).name.replace('.py:', '-').replace(':', '-')
-            config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
             planted = config.data == 'teacher'
-            if planted and config.data_dir or not planted and given.get('teacher'):
+            if given.get('data_dir' if planted else 'teacher'):
                 raise ValueError('--teacher makes the data of --model toy: leave out --data and --data-dir')
             config.teacher = config.teacher if planted else ''
             if planted and math.isnan(nonlinearity(named(config.teacher))):
                 raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')
-        first = not (dist.is_initialized() and dist.get_rank())  # of torchrun's ranks: it alone writes
-        files = ('activation.json', 'found.py', 'search.png', 'checkpoint.pt', 'log.jsonl')
-        paths = [Path(config.out) / name for name in files[:1 if checkpoint else 5]]
-        if there := [path for path in paths if first and path.exists() and path.stat().st_size]:
-            raise ValueError(f'{there[0]} already exists; choose another --out, or go on with an '
-                             f'unfinished run by --resume {config.out}')
+            name = Path(config.model).name.replace('.py:', '-').replace(':', '-')
+            config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
+        files = ['activation.json', 'found.py', 'search.png', 'checkpoint.pt', 'log.jsonl']
+        for path in [Path(config.out, file) for file in files[:1 if checkpoint else 5] if is_first()]:
+            if path.exists() and path.stat().st_size:
+                raise ValueError(f'{path} already exists; choose another --out, or go on with an unfinished '
+                                 f'run by --resume {config.out}')
         model, cell, train_batches, val_batches, loss = prepare(config)
-        folder, weights = Path(config.out), sum(p.numel() for p in model.parameters())
-        spellings = math.prod(map(len, cell.ops))
-        print(f'searching {spellings:,} spellings for {config.model} ({weights:,} weights, {cell.sites} '
-              f'sites), data {config.data}: {config.steps} steps, then {config.candidates} functions tried; '
+        print(f'{config.model} with {cell.sites} sites on {config.data}: {config.steps} steps; '
               f'run folder {config.out}', flush=True)
-        with contextlib.closing(Run(config, folder if first else None, checkpoint)) as run:
-            found = search(model, cell, train_batches, val_batches, loss, config, run)
-            if first:
-                run.finish(*found)
+        folder = Path(config.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / 'log.jsonl', 'ab') as file:
+            if is_first():
+                lock(file)
+                file.truncate(checkpoint['state']['log_size'] if checkpoint else 0)  # what came after it
+            run = Run(config, folder if is_first() else None, checkpoint)
+            found, validation = search(model, cell, train_batches, val_batches, loss, config, run)
+            if is_first():
+                run.finish(found, validation)
 
 if __name__ == '__main__':
     main()

@@ -57,10 +57,7 @@ def front(matches: Iterable[Match]) -> list[Match]:
 
 class Space:
     """All functions of a cell shape and a set of operations, scalars at their initial values. x: (points,).
-
-    The shape 'deep' has too many. Of these the best of each length are seen that join one more function to
-    one of the best of each length among its functions of two stages.
-    """
+    The shape 'deep' has too many: one more function is joined to the best of each length of two stages."""
     def __init__(self, ops: str = 'base', clip: Optional[float] = CLIP, shape: str = 'paper'):
         (self.unary, self.binary), self.clip, self.shape = select(ops), clip, shape
         self.kinds = [self.unary if choice[0] == 'U' else self.binary for choice, *_ in SHAPES[shape]]
@@ -103,7 +100,7 @@ class Space:
 
     def nearest(self, curve: Tensor | Callable, density: Optional[Tensor] = None,
                 count: int = 20) -> tuple[list[Match], list[Match]]:
-        """The front, its scalars fitted, and the best `count`, by RMS difference from the curve after the best
+        """The front, scalars fitted, and the best `count`, by RMS difference from the curve after the best
         output scale and shift, in standard deviations of the curve. curve: a function or its values at x.
         density: of the inputs at x; None: N(0, 1). Raises ValueError for a constant."""
         density = torch.exp(-self.x.square() / 2) if density is None else density
@@ -112,12 +109,10 @@ class Space:
         curve = curve - density @ curve
         if not density @ curve.square() > 1e-18:
             raise ValueError('the curve is constant where its inputs lie, so every function draws it')
-
         def unexplained(f: Tensor) -> Tensor:  # (functions,) share of the curve's variance
             f = f - (f @ density)[:, None]
             explained = (f @ (density * curve)).square() / (f.square() @ density) / (density @ curve.square())
             return (1 - explained).clamp(min=0)
-
         def fitted(match: Match) -> Match:
             f = Activation(match.tree, self.clip).double()
             if f.scalars:

@@ -36,7 +36,7 @@ from space import Space
 
 # the batch, and that of the cell op by op, which at the full one would need minutes and tens of GB
 SIZES = {'resnet20': (64, 4), 'vit_tiny': (32, 4), 'minigpt': (16, 2)}
-LARGE = {'resnet20': (64, 16), 'vit_tiny': (128, 16), 'minigpt': (64, 4)}  # on a GPU: those of the preset paper
+LARGE = {'resnet20': (64, 16), 'vit_tiny': (128, 16), 'minigpt': (64, 4)}  # on a GPU
 DESCENT = dict(warmstart=0.0, shrink='none', discretise='shrink', candidates=0, judge=1)
 
 

@@ -4,7 +4,7 @@
     python results/evening.py --report
 
 Everything is done once: a search that was cut is resumed, a finished training is a line of
-results/evening.jsonl, so the same command goes on. FOLDER holds CIFAR-10 and TinyStories. In this order, a job a worker:
+results/evening.jsonl, so the same command goes on. FOLDER holds CIFAR-10 and TinyStories. In this order:
 
     tune       the standard activation at three learning rates, seed 90; the best is used for all trainings
     searches   two a network by our default (`ours`), two by the paper's procedure (`--method paper`)
@@ -115,44 +115,74 @@ def master(data_dir: str, workers: int, minutes: float) -> None:
             busy[connection] = False
 
 
+def differences(network: str) -> dict[str, dict[int, tuple[int, float, float]]]:
+    """By name and steps: how many seeds, mean test loss minus the standard's, half its 95 % interval."""
+    from evaluate import read_ledger
+    from plot import compare
+    losses: dict[str, dict[int, dict[int, float]]] = {}
+    for row in read_ledger(LEDGER):
+        if row['settings']['model'] == network and row['seed'] < 90 and not row['diverged']:
+            by_steps = losses.setdefault(row['name'], {})
+            by_steps.setdefault(row['settings']['steps'], {})[row['seed']] = row['test_loss']
+    base = losses.get(STANDARD[network], {})
+    return {name: {steps: compare(values, base[steps]) for steps, values in sorted(by_steps.items())
+                   if steps in base} for name, by_steps in losses.items()}
+
 def report() -> str:
     """The tables of the trainings, and how the differences to the standard shrink with length."""
     from evaluate import read_ledger
-    from plot import by_name, compare
     from plot import report as tables
     rows = [row for row in read_ledger(LEDGER) if row['seed'] < 90]
-    text = [tables([row for row in rows if row['settings']['steps'] not in LENGTHS.get(
-        row['settings']['model'], ())])]
-    for network, lengths in LENGTHS.items():
-        own = [row for row in rows if row['settings']['model'] == network]
-        every = sorted({row['settings']['steps'] for row in own})
-        groups = {steps: by_name([row for row in own if row['settings']['steps'] == steps]) for steps in every}
+    text = [tables(rows)]
+    for network in LENGTHS:
+        table = {name: row for name, row in differences(network).items() if len(row) > 1}
+        lengths = sorted({steps for row in table.values() for steps in row})
         text += ['', f'| {network}: test loss minus that of {STANDARD[network]} |' + ''.join(
-            f' {steps} steps |' for steps in every), '|---' * (len(every) + 1) + '|']
-        for name in min(groups.values(), key=len, default={}):
-            cells = []
-            for steps in every:
-                mine, base = ({seed: row['test_loss'] for seed, row in groups[steps].get(key, {}).items()
-                               if not row['diverged']} for key in (name, STANDARD[network]))
-                n, mean, half = compare(mine, base)
-                cells.append(f'{mean:+.4f} +- {half:.4f}' if n > 1 else '-')
+            f' {steps} steps |' for steps in lengths), '|---' * (len(lengths) + 1) + '|']
+        for name, row in table.items():
+            cells = [f'{mean:+.4f} +- {half:.4f}' if (n := row.get(steps, (0,))[0]) and n > 1 else '-'
+                     for steps in lengths for _, mean, half in [row.get(steps, (0, 0.0, 0.0))]]
             text.append(f"| {name} | {' | '.join(cells)} |")
     for network in NETWORKS:
-        tuned = sorted((row['settings']['lr'], row['test_loss']) for row in read_ledger(LEDGER)
+        tuned = sorted((row['settings']['lr'], round(row['test_loss'], 4)) for row in read_ledger(LEDGER)
                        if row['seed'] == 90 and row['settings']['model'] == network)
         seconds = sum(row['seconds'] for row in rows if row['settings']['model'] == network)
         text.append(f'{network}: test loss of {STANDARD[network]} by learning rate {tuned}; '
                     f'{seconds / 3600:.1f} h of training')
     return '\n'.join(text)
 
+def draw(network: str) -> Path:
+    """The differences against the length of the training: the seven best at the longest."""
+    from activation import Activation
+    from evaluate import read_ledger
+    from plot import COLOURS, STYLES, pyplot
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(9, 6), layout='constrained')
+    rows = read_ledger(LEDGER)
+    formulas = {row['name']: Activation(row['expression'], row['clip']).formula for row in rows}
+    table = {name: row for name, row in differences(network).items() if len(row) > 1}
+    lengths = sorted({steps for row in table.values() for steps in row})
+    for k, (name, row) in enumerate(sorted(table.items(), key=lambda item: item[1][lengths[-1]][1])[:7]):
+        means, halves = zip(*(row[steps][1:] for steps in row))
+        axis.errorbar([steps * 1.03 ** (k - 3) for steps in row], means, halves, color=COLOURS[k], capsize=3,
+                      linestyle=STYLES[k % 4], label=formulas[name])
+    axis.set(xscale='log', xlabel='steps of the training', title=f'{network}, three seeds, 95 % intervals',
+             ylabel=f'test loss minus that of {STANDARD[network]}')
+    axis.set_xticks(lengths, [str(steps) for steps in lengths], minor=False)
+    axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=10)
+    figure.savefig(path := HERE / f'evening-{network}.png', dpi=100)
+    return path
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    look = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=look)
     parser.add_argument('--data-dir', help='folder with CIFAR-10 and TinyStories')
     parser.add_argument('--workers', type=int, default=2, help='processes, a thread each (2)')
     parser.add_argument('--minutes', type=float, default=600, help='then stop, to go on another time (600)')
-    parser.add_argument('--report', action='store_true', help='print the tables, train nothing')
+    parser.add_argument('--report', action='store_true', help='print the tables and draw, train nothing')
     given = parser.parse_args()
-    print(report() if given.report else '', end='\n' * given.report)
-    if not given.report:
+    if given.report:
+        print(report())
+        print(draw('minigpt'))
+    else:
         master(os.path.abspath(given.data_dir), given.workers, given.minutes)

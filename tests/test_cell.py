@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from activation import Activation, named, parse, write
-from cell import BINS, LIMIT, SAMPLERS, Cell, Lookup, blame, lines, uniform_grid
+from cell import BINS, LIMIT, SAMPLERS, Cell, Lookup, blame, lines
 
 SMOOTH = 'base,-abs,-sqrt,-relu,-min0,-elu,-leaky_relu,-max,-min,-square,-cube,-exp,-sinh,-mul'  # no kink
 
@@ -36,7 +36,8 @@ LAYOUTS = {
 @pytest.mark.parametrize('piece', [1 << 18, 50])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_lookup_is_linear_interpolation(layout, piece, monkeypatch):
-    """Values, gradients to x and to the values against numpy, in every layout, which stays, and in pieces."""
+    """Values, gradients to x and to the values against numpy, in every layout, which stays, and in pieces.
+    Two bytes an input are kept, and code behind the activation may work in place."""
     monkeypatch.setattr('cell.PIECE', piece)
     torch.manual_seed(0)
     x = LAYOUTS[layout](2 * torch.randn(4, 6, 2, 3)).requires_grad_()
@@ -47,14 +48,15 @@ def test_lookup_is_linear_interpolation(layout, piece, monkeypatch):
     assert np.allclose(y.detach(), v[left] + slope * (at + 3 - 0.5 * left), atol=1e-5)
     assert y.stride() == x.stride() or layout in ('gaps', 'expanded')
     g = torch.randn(y.shape[::-1]).permute(tuple(range(y.dim()))[::-1])  # in another layout than y
-    to_x, to_values = torch.autograd.grad(y, (x, values), g)
+    assert [t.dtype for t in y.grad_fn.saved_tensors] == [torch.int16, torch.complex64]
+    to_x, to_values = torch.autograd.grad(y.mul_(2.0), (x, values), g / 2)
     halves = np.bincount(left.ravel(), g.numpy().ravel() / 2, 12)
     assert np.allclose(to_x, slope * g.numpy(), atol=1e-5)
     assert np.allclose(to_values, np.append(halves, 0) + np.append(0, halves), atol=1e-5)
 
 def by_table(f, x):
     """One function looked up as the sites of a cell do it."""
-    cell = Cell(standard='relu')
+    cell = Cell()
     site = cell.site(f)
     cell.tabulate(standard=True)
     return site.eval()(x)
@@ -64,12 +66,11 @@ def test_dtypes_and_strange_numbers(dtype):
     """The dtype of x comes back, rounded once from float32; NaN stays NaN; the last line goes on; and a kink
     at 0, which is a grid point, is exact."""
     x = torch.tensor([math.nan, 1.0, -2.5, 0.1, 1e4, -1e4, math.inf], dtype=dtype, requires_grad=True)
-    y = by_table(named('gelu'), x)
+    y, rtol = by_table(named('gelu'), x), max(1e-4, torch.finfo(dtype).eps)
     y.backward(torch.ones_like(y))
     assert y.dtype == x.grad.dtype == dtype and x.grad[1:].isfinite().all()
     assert y[0].isnan() and y[-1] == math.inf
-    expected, rtol = F.gelu(x[1:-1].float()).to(dtype), max(1e-4, torch.finfo(dtype).eps)
-    assert torch.allclose(y[1:-1], expected, rtol=rtol, atol=1e-5)
+    assert torch.allclose(y[1:-1], F.gelu(x[1:-1].float()).to(dtype), rtol=rtol, atol=1e-5)
     x = torch.tensor([-1e4, -1e-3, -2e-6, 2e-6, 1e-3, 1e4], dtype=dtype)
     assert torch.allclose(by_table(named('leaky_relu'), x), F.leaky_relu(x), rtol=rtol, atol=1e-9)
 
@@ -88,18 +89,6 @@ def test_cell_by_hand():
     # U0 = U1 = (2 + 4) / 2 = 3, B0 = (3 + 3 + 3 * 3) / 2 = 7.5, U2 = (7.5 + clip(56.25)) / 2 = 8.75, U3 = 3,
     # B1 = (8.75 + 3 + clip(26.25)) / 2 = 10.875
     assert cell.evaluate(torch.tensor([2.0]), cell.sample()).tolist() == [[10.875]]
-
-@pytest.mark.parametrize('sampler', ['mean', 'softmax'])
-def test_gradients_of_the_cell_by_finite_differences(sampler):
-    """Alphas and scalars, float64, op by op."""
-    cell = random_cell(sampler=sampler, ops='scale,tanh,bias,gelu,add,mul,mix')[0].double()
-    values = [p.detach().clone().requires_grad_() for p in cell.parameters()]
-    del cell.alpha, cell.scalars
-
-    def f(*values):
-        cell.alpha, cell.scalars = values[:6], values[6:]  # in the place of the parameters
-        return cell.evaluate(torch.tensor([-1.3, 0.4], dtype=torch.float64), cell.sample())
-    assert torch.autograd.gradcheck(f, values, atol=1e-5)
 
 @pytest.mark.parametrize('sampler', ['mean', 'softmax', 'dirichlet'])
 @pytest.mark.parametrize('shape', ['core', 'paper', 'deep'])
@@ -130,16 +119,15 @@ def test_one_operation_left_is_the_activation_of_its_tree(shape, seed):
     cell.tabulate()
     assert cell.learns == (len(Activation(cell.tree()).scalars) > 0)
 
-@pytest.mark.parametrize('sampler', SAMPLERS)
-def test_weights(sampler):
+@pytest.mark.parametrize('sampler, different', [*zip(SAMPLERS, (6, 2, 1, 1))])
+def test_weights(sampler, different):
     """Rows of what is active sum to 1; dirichlet draws for each site, shared once, mean and softmax never."""
     cell, _ = random_cell(sampler=sampler, sites=3)
     cell.drop()
     weights, again = cell.sample(), cell.sample()
     assert [w.shape for w in weights] == [(3 if sampler == 'dirichlet' else 1, len(a)) for a in cell.active]
     assert all(torch.allclose(w.sum(1), torch.ones(len(w))) and (w >= 0).all() for w in weights)
-    different = len(torch.cat([weights[0], again[0]]).unique(dim=0))
-    assert different == {'dirichlet': 6, 'shared': 2, 'mean': 1, 'softmax': 1}[sampler]
+    assert len(torch.cat([weights[0], again[0]]).unique(dim=0)) == different
 
 def test_moments_of_the_samplers():
     """Dirichlet with c = elu(alpha) + 1, at least 0.01, s = sum(c): mean c / s, variance
@@ -163,21 +151,18 @@ def test_start(shape, unary, binary):
     assert cell.operations() == 23 * unary + 9 * binary and write(cell.tree()) == 'gelu(x)'
     weights = cell.named_weights()
     assert weights[f'U{unary - 1}']['gelu'] == weights[f'B{binary - 1}']['right'] == 0.5
-    assert sorted(max(w.values()) for w in weights.values())[-3] <= 0.12
-    for options in ({'standard': 'gelu'}, {'ops': 'identity,tanh,add', 'sampler': 'softmax'}):
+    for options in ({'standard': 'gelu'}, {'ops': 'identity,tanh,right', 'sampler': 'softmax'}):
         cell = Cell(**options, shape=shape)
         cell.reset(0.0, start=0.5)
         assert not any(alpha.any() for alpha in cell.alpha)
     with pytest.raises(ValueError, match='did you mean dirichlet'):
         Cell(sampler='dirichlett')
 
-@pytest.mark.parametrize('ops', ['base', 'base,periodic,swish', 'relu,add'])
-@pytest.mark.parametrize('shape', ['core', 'deep'])
-def test_drops(ops, shape):
+@pytest.mark.parametrize('shape, ops', [('core', 'base,periodic'), ('deep', 'base'), ('deep', 'relu,add')])
+def test_drops(shape, ops):
     """Each drop takes the lowest alpha of a fullest choice point, until one operation a choice point is left.
-    What was dropped weighs nothing: no gradient, and NaN there changes nothing."""
+    What was dropped weighs nothing: NaN there does not matter."""
     cell, _ = random_cell(ops=ops, shape=shape)
-    total = cell.operations()
     while cell.operations() > len(cell.choices):
         before = [list(active) for active in cell.active]
         choice, name = cell.drop().split(':')
@@ -185,13 +170,8 @@ def test_drops(ops, shape):
         gone, = set(before[k]) - set(cell.active[k])
         assert len(before[k]) == max(map(len, before)) and cell.ops[k][gone].name == name
         assert cell.alpha[k][gone] == min(cell.alpha[k][j] for j in before[k])
-        if cell.operations() == total - 1:
-            cell.tabulate()
-            expected, gradient = cell.values, torch.autograd.grad(cell.values.sum(), cell.alpha[k])[0]
-            assert gradient[gone] == 0 and gradient.any()
-            cell.alpha[k].data[gone] = cell.scalars[k].data[gone] = math.nan
-            cell.tabulate()
-            assert torch.equal(cell.values, expected)
+        cell.alpha[k].data[gone] = cell.scalars[k].data[gone] = math.nan
+        assert cell.curve(torch.ones(2)).isfinite().all()
     assert set(map(len, cell.active)) == {1}
 
 @pytest.mark.parametrize('normalise', ['scale', 'centre'])
@@ -213,29 +193,10 @@ def test_normalised_tables_have_the_moments_of_each_standard(normalise):
             usual = usual - usual.mean()
         assert np.isclose((y ** 2).mean(), (usual ** 2).mean(), rtol=0.04)
 
-def test_inputs_are_observed_in_weight_steps_only():
-    """Tables with a gradient (architecture steps), no_grad and evaluation mode leave no trace."""
-    cell, sites = random_cell(sites=2)
-
-    def seen() -> list[bool]:
-        before = cell.seen.clone()
-        sites[0](torch.full((40, 3), 2.0))
-        return [not torch.equal(a, b) for a, b in zip(before, cell.seen)]
-    for prepare in (cell.tabulate, lambda: cell.tabulate(standard=True)):
-        prepare()
-        assert cell.learns and seen() == [False, False]
-    for prepare in (torch.no_grad()(cell.tabulate), cell.use_standard):
-        prepare()
-        assert not cell.learns and sites.train() and seen() == [True, False]
-        with torch.no_grad():
-            assert seen() == [False, False]
-        assert sites.eval() and seen() == [False, False]
-
 def test_histograms_match_the_inputs():
     """`seen` against numpy's histogram, with one channel in ten unlike the others; then numbers that are not
     finite, an empty tensor, half precision, one made by expand."""
     cell, (site,) = random_cell()
-    cell.use_standard()
     other = torch.arange(512) % 10 == 3
     batches = torch.randn(100, 64, 512) * (1 + 0.5 * other) + 3 * other
     for x in batches:
@@ -247,47 +208,42 @@ def test_histograms_match_the_inputs():
         assert site(x).shape == x.shape and cell.seen.sum().item() == pytest.approx(1, abs=2e-3)
     assert cell.seen[0].argmax() == int((1 + LIMIT) * BINS / (2 * LIMIT)) and cell.seen[0].max() > 0.99
 
-def test_gradient_of_the_function_itself():
-    """tabulate(standard=True): the gradient of a loss to `values`, by finite differences, site by site."""
-    cell = Cell(standard='gelu', points=65).double()
-    f, g = cell.site(), cell.site(torch.tanh_)  # which works in place
-    x = (torch.randn(100, dtype=torch.float64) * 8 / 3).floor() * 3 / 8 + 3 / 16  # the middles of intervals
+@pytest.mark.parametrize('draw, training, gradient, seen', [
+    (torch.no_grad()(Cell.tabulate), True, True, True), (Cell.use_standard, True, True, True),
+    (Cell.use_standard, False, True, False), (Cell.use_standard, True, False, False),
+    (Cell.tabulate, True, True, False)])
+def test_inputs_are_observed_in_weight_steps_only(draw, training, gradient, seen):
+    """Evaluation mode, no_grad and tables with a gradient (architecture steps) leave no trace."""
+    cell, (site, _) = random_cell(sites=2)
+    before = cell.seen.clone()
+    draw(cell)
+    with torch.set_grad_enabled(gradient):
+        site.train(training)(torch.full((40, 3), 2.0))
+    assert [not torch.equal(a, b) for a, b in zip(before, cell.seen)] == [seen, False]
+
+def test_tables_of_the_standard_activations():
+    """tabulate(standard=True): each site its own, also one that works in place; `values` has a gradient."""
+    cell = Cell(standard='gelu')
+    sites, grid = (cell.site(), cell.site(torch.tanh_)), cell.grid.clone()
     cell.tabulate(standard=True)
-    loss, grid = g(f(x)).square().sum(), uniform_grid(65).double()
-    gradient, = torch.autograd.grad(loss, cell.values)
-    assert gradient.shape == (2, 65) and cell.values.is_leaf
-    assert torch.allclose(f(grid), F.gelu(grid)) and torch.allclose(g(grid), grid.tanh())
-    assert torch.equal(cell.grid, grid)
-    moved = cell.values[0].detach() + 1e-6 * (torch.arange(65) == 34)
-    change = g(Lookup.apply(moved, lines(moved), LIMIT, x)).square().sum() - loss
-    assert gradient[0, 34] == pytest.approx(change.item() / 1e-6, rel=1e-3)
+    for k, (site, f) in enumerate(zip(sites, (F.gelu, torch.tanh))):
+        assert torch.allclose(site(grid), f(cell.grid), atol=1e-4) and torch.equal(cell.grid, grid)
+        gradient, = torch.autograd.grad(site(grid)[7], cell.values)
+        assert gradient[k].sum() == 1 and gradient[1 - k].count_nonzero() == 0
 
 def test_sites_hold_no_architecture_and_the_state_comes_back():
     """A network's parameters are its weights. Alphas, drops and histograms survive torch.save without pickled
-    classes; a snapshot does not change with the cell."""
-    cell, sites = random_cell(sites=2, sampler='dirichlet')
+    classes."""
+    cell, sites = random_cell(sites=2)
     assert not list(sites.parameters()) and not sites.state_dict()
     sites[0](torch.randn(100))
     assert all(cell.drop() for _ in range(40))
-    snapshot, file = cell.state_dict(), io.BytesIO()
-    torch.save(snapshot, file)
+    torch.save(cell.state_dict(), file := io.BytesIO())
     file.seek(0)
-    other, _ = random_cell(1, sites=2, sampler='dirichlet')
+    other, _ = random_cell(1, sites=2)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other.active == cell.active and torch.equal(other.seen, cell.seen) and other.tree() == cell.tree()
     assert cell.drop() == other.drop()
-    other.load_state_dict(snapshot)
-    assert other.operations() == cell.operations() + 1
-
-def test_two_bytes_are_kept_and_the_result_may_be_modified():
-    """Code behind the activation may work in place; the input is not kept."""
-    cell, (site,) = random_cell()
-    cell.tabulate()
-    x = torch.randn(1000, requires_grad=True)
-    y = site(x)
-    assert y.grad_fn.saved_tensors[0].nbytes == 2000 and site(x.bfloat16()).dtype == torch.bfloat16
-    y += x
-    y.sum().backward()
 
 def test_blame():
     """The first site that is not finite is named, then the operation that is largest there, by hand; a scalar
@@ -305,11 +261,9 @@ def test_blame():
                                      'size': pytest.approx(math.exp(2 * u), rel=1e-4)}
     assert all(map(torch.equal, state, (*model.state_dict().values(), cell.seen, torch.get_rng_state())))
     last.bias.data[1] = math.nan
-    assert blame(model, cell, x)['site'] == 1 and not sites[0]._forward_hooks
     cell.scalars[3].data.fill_(math.nan)
     norm.bias.grad = torch.tensor([0.0, math.inf, 0.0, 0.0])
-    torch.no_grad()(cell.tabulate)()
-    found = blame(model, cell, x)
-    assert [found[key] for key in ('site', 'op', 'size', 'gradient')] == [0, 'U2:scale', math.inf, '2.bias']
+    found = blame(model, cell, x)  # the tables are still finite
+    assert [found[key] for key in ('site', 'op', 'size', 'gradient')] == [1, 'U2:scale', math.inf, '2.bias']
     cell.use_standard()
-    assert blame(model, cell, x)['op'] == 'standard activation' and blame(model, cell, x)['site'] == 1
+    assert blame(model, cell, x)['op'] == 'standard activation' and not sites[0]._forward_hooks

@@ -2,6 +2,9 @@
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,9 +12,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import evaluate
+import search
 from activation import NAMED, nonlinearity
 from evaluate import Training, append, cross_entropy, learning_rate, read_ledger, resolve, score, train
 from plot import compare, report, table
@@ -264,3 +269,86 @@ def test_report_keeps_settings_apart(tmp_path, capsys):
     assert report(sum(ledgers.values(), [])) in text and text.count('| activation ') == 3 and '1/1' in text
     assert [text.count(f'minus {name}') for name in ('relu', 'own', 'gelu')] == [1, 1, 1]
     assert '5 steps of 16' in text and '| test loss | minus gelu' in text
+
+# ---- half precision, compilers, several processes, waits ----
+
+SPEED = '--model minigpt --steps 6 --batch-size 4 --context 16 --warmstart 0.2 --candidates 1 --discretise shrink'
+SPEED = [*SPEED.split(), '--sampler', 'shared', '--device', 'cpu']
+
+def losses(folder) -> list[float]:
+    rows = [json.loads(line) for line in (Path(folder) / 'log.jsonl').read_text().splitlines()[1:]]
+    return [row[key] for row in rows for key in ('train_loss', 'val_loss', 'loss') if row.get(key)]
+
+@pytest.mark.filterwarnings('ignore')  # of the compiler
+@pytest.mark.parametrize('option', ['--dtype bfloat16', pytest.param('--compile', marks=pytest.mark.slow)])
+def test_precision_and_compiler_change_little(option, tmp_path, monkeypatch):
+    """Same losses to bfloat16's 3 digits; a search goes on with its own settings; trainings, too."""
+    monkeypatch.chdir(tmp_path)
+    search.main([*SPEED, '--out', 'plain'])
+    search.main([*SPEED, *option.split(), '--out', 'other'])
+    assert losses('other') == pytest.approx(losses('plain'), rel=0.01) and losses('other') != losses('plain')
+    Path('other/activation.json').unlink()
+    before = losses('other')
+    search.main(['--resume', 'other'])
+    assert losses('other') == before
+    for words in [], option.split():
+        evaluate.main(['gelu', *'--model minigpt --steps 4 --batch-size 4 --context 16 --seeds 1'.split(), *words,
+                       '--baselines', 'none', '--device', 'cpu', '--out', 'ledger'])
+    plain, other = (row['test_loss'] for row in read_ledger(Path('ledger')))
+    assert other == pytest.approx(plain, rel=0.01)
+
+RANKS = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, search
+from evaluate import configure, is_first
+torch.set_num_threads(1)
+given = dict(model='minigpt', steps=6, batch_size=int(sys.argv[2]), context=16, warmstart=0.2, candidates=1,
+             discretise='shrink', sampler='shared', normalise='none', device='cpu')
+config = configure(search.Config, search.PRESETS, given)
+model, cell, *rest = search.prepare(config)
+found, validation = search.search(model, cell, *rest, config)
+rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 9
+torch.save([model.state_dict(), list(cell.alpha), cell.seen, found.formula, validation], f'rank{rank}.pt')
+'''
+
+def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, monkeypatch):
+    """torchrun: weights, alphas and histograms are the same bits on both ranks, and to rounding those of one."""
+    monkeypatch.chdir(tmp_path)
+    Path('job.py').write_text(RANKS)
+    root, environment = str(Path(search.__file__).parent), {**os.environ, 'OMP_NUM_THREADS': '1'}
+    two = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', 'job.py', root, '4']
+    for command in two, [sys.executable, 'job.py', root, '8']:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    first, second, alone = (torch.load(f'rank{k}.pt', weights_only=False) for k in (0, 1, 9))
+    for mine, other, one in zip(first[:2], second[:2], alone[:2]):
+        for name in mine if isinstance(mine, dict) else range(len(mine)):
+            assert torch.equal(mine[name], other[name])
+            assert torch.allclose(mine[name], one[name], atol=2e-3), name  # Adam enlarges what is tiny
+    assert torch.equal(first[2], second[2])  # a rank's histogram is a sample of its own inputs
+    assert first[3:] == second[3:] and first[3] == alone[3]
+    assert first[4]['loss'] == pytest.approx(alone[4]['loss'], rel=1e-3)
+
+class Waits(TorchDispatchMode):
+    """Counts where a value leaves the device: there a GPU has to wait."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('sampler', ['softmax', 'dirichlet'])
+def test_a_half_step_waits_once(sampler):
+    """Twelve steps and six differ by six steps' waits: one for each half, to ask whether all is finite. (And
+    one for each parameter of Adam, which counts its steps on the CPU, also for parameters on a GPU.)"""
+    counts = []
+    for steps in 6, 12:
+        given = dict(model='resnet20', steps=steps, batch_size=2, sampler=sampler, device='cpu', shrink='none',
+                     warmstart=0.0, candidates=0, discretise='shrink', judge=1)
+        config = evaluate.configure(search.Config, search.PRESETS, given)
+        setting = search.prepare(config)
+        with Waits() as waits:
+            search.search(*setting, config)
+        counts.append(waits.count)
+    assert counts[1] - counts[0] == (2 + len(list(setting[1].parameters()))) * 6
