@@ -272,8 +272,8 @@ def test_report_keeps_settings_apart(tmp_path, capsys):
 
 # ---- half precision, compilers, several processes, waits ----
 
-SPEED = '--model minigpt --steps 6 --batch-size 4 --context 16 --warmstart 0.2 --candidates 1 --discretise shrink'
-SPEED = [*SPEED.split(), '--sampler', 'shared', '--device', 'cpu']
+SMALL = '--model minigpt --batch-size 4 --context 16 --device cpu'.split()
+SPEED = [*SMALL, *'--steps 6 --warmstart 0.2 --candidates 1 --discretise shrink --sampler shared'.split()]
 
 def losses(folder) -> list[float]:
     rows = [json.loads(line) for line in (Path(folder) / 'log.jsonl').read_text().splitlines()[1:]]
@@ -292,8 +292,7 @@ def test_precision_and_compiler_change_little(option, tmp_path, monkeypatch):
     search.main(['--resume', 'other'])
     assert losses('other') == before
     for words in [], option.split():
-        evaluate.main(['gelu', *'--model minigpt --steps 4 --batch-size 4 --context 16 --seeds 1'.split(), *words,
-                       '--baselines', 'none', '--device', 'cpu', '--out', 'ledger'])
+        evaluate.main([*SMALL, *words, *'--steps 4 --seeds 1 --baselines none --out ledger'.split()])
     plain, other = (row['test_loss'] for row in read_ledger(Path('ledger')))
     assert other == pytest.approx(plain, rel=0.01)
 
@@ -313,7 +312,7 @@ torch.save([model.state_dict(), list(cell.alpha), cell.seen, found.formula, vali
 '''
 
 def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, monkeypatch):
-    """torchrun: weights, alphas and histograms are the same bits on both ranks, and to rounding those of one."""
+    """torchrun: weights, alphas, histograms are the same bits on both ranks and, to rounding, those of one."""
     monkeypatch.chdir(tmp_path)
     Path('job.py').write_text(RANKS)
     root, environment = str(Path(search.__file__).parent), {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -344,7 +343,7 @@ def test_a_half_step_waits_once(sampler):
     one for each parameter of Adam, which counts its steps on the CPU, also for parameters on a GPU.)"""
     counts = []
     for steps in 6, 12:
-        given = dict(model='resnet20', steps=steps, batch_size=2, sampler=sampler, device='cpu', shrink='none',
+        given = dict(model='resnet20', steps=steps, batch_size=2, sampler=sampler, shrink='none', device='cpu',
                      warmstart=0.0, candidates=0, discretise='shrink', judge=1)
         config = evaluate.configure(search.Config, search.PRESETS, given)
         setting = search.prepare(config)

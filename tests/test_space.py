@@ -53,9 +53,11 @@ def test_nearest_is_what_brute_force_finds(name, spellings, monkeypatch):
     monkeypatch.setattr(space, 'KEEP', 15)
     scores = np.array([residual(f, CURVES[name](X)) for f in spellings[1]])
     ahead, best = SPACE.nearest(CURVES[name], count=10)
-    assert [m[:2][::-1] for m in ahead] == [pytest.approx(row, abs=1e-6) for row in best_by_length(spellings[0], scores)]
+    expected = best_by_length(spellings[0], scores)
+    assert [match[:2][::-1] for match in ahead] == [pytest.approx(row, abs=1e-6) for row in expected]
     assert [match.score for match in best] == sorted(match.score for match in best) and len(best) == 10
-    assert (abs(scores[scores < best[-1].score - 1e-6, None] - [match.score for match in best]).min(1) < 1e-6).all()
+    better = scores[scores < best[-1].score - 1e-6, None]
+    assert (abs(better - [match.score for match in best]).min(1) < 1e-6).all()
     for match in ahead + best:
         assert match.length == length(match.tree)
         assert match.score == pytest.approx(residual(evaluate(match.tree, X), CURVES[name](X)), abs=1e-6)
@@ -75,7 +77,8 @@ def test_scalars_are_fitted():
 
 def test_the_density_says_where_a_curve_counts():
     """Where inputs are positive only, |x| is x."""
-    assert SPACE.nearest(torch.abs, P * (X > 0))[0][0].score < 1e-6 < 0.1 < SPACE.nearest(torch.abs)[0][0].score
+    (positive, *_), (everywhere, *_) = SPACE.nearest(torch.abs, P * (X > 0))[0], SPACE.nearest(torch.abs)[0]
+    assert positive.score < 1e-6 < 0.1 < everywhere.score
 
 def test_a_gain_below_1e_6_is_none():
     """2 * softplus(x), clipped where hardly an input lies, is no progress over softplus(x)."""
