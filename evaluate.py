@@ -20,7 +20,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -81,15 +81,12 @@ class Training:
     grad_clip: float = option(1.0)      # bound on the norm of the gradient; 0: none
     dropout: float = option(0.0)        # of the GPTs
 
-AnyConfig = TypeVar('AnyConfig', bound=Training)
-Presets = dict[str, dict[str, dict[str, Any]]]  # name, network, settings
-
 # quick: a minute a run on two cores. evening: some twenty. paper: its appendix, with crops and mirrors
 # instead of TrivialAugment.
 RESNET = dict(optimizer='sgd', lr=0.1, lr_end=0.0, warmup=0.05, weight_decay=5e-4)
 VIT = dict(lr=5e-4, lr_end=0.0, warmup=0.1, weight_decay=0.05)
 GPT = dict(lr=3e-3, lr_end=0.1, warmup=0.1, weight_decay=0.1)
-PRESETS: Presets = {
+PRESETS = {  # name -> network -> settings
     'quick': {
         'resnet20': dict(RESNET, data='cifar10_16', steps=800),
         'vit_tiny': dict(VIT, data='cifar10_16', steps=300, batch_size=16),
@@ -118,7 +115,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(f'{message[:300]}; --help lists all options')
 
-    def add_settings(self, kind: type[Training], presets: Presets) -> None:
+    def add_settings(self, kind: type[Training], presets: dict[str, dict]) -> None:
         """An option for every field of `kind` that has a help text, with the defaults of the preset quick."""
         for f in (f for f in dataclasses.fields(kind) if f.metadata['help']):
             quick = {model: {**PRESETS['quick'][model], **changes}.get(f.name, f.default)
@@ -132,7 +129,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, **takes,
                               help=f.metadata['help'] + f" ({', '.join(shown)})" * bool(shown))
 
-def configure(kind: type[AnyConfig], presets: Presets, given: dict[str, Any]) -> AnyConfig:
+def configure(kind: type[Training], presets: dict[str, dict], given: dict[str, Any]) -> Any:
     """The defaults of `kind`, the network's preset, its changes in `presets`, what is given; absolute paths.
     given: may hold more than the fields of `kind`. Raises ValueError for an unknown network or device."""
     given = {f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}

@@ -82,7 +82,7 @@ PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log'
              arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, warm_alphas=True, start=0.0, temperature=1.0,
              discretise='shrink', candidates=0)  # of --method paper
 TEACHER = dict(data='teacher', teacher='mul(sigmoid(x), x)', batch_size=256, weight_decay=0.0)
-TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, warmup=0.5, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.0,
+TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.05,
            start=0.0, shrink='none', normalise='centre', temperature=1.0, discretise='project',
            trial_steps=0.15, trials_from='trained')
 RESNET = dict(lr_end=0.1, trust=0.5, lengths=(2,), around=False)

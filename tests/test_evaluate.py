@@ -312,7 +312,7 @@ torch.save([model.state_dict(), list(cell.alpha), cell.seen, found.formula, vali
 '''
 
 def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, monkeypatch):
-    """torchrun: weights, alphas, histograms are the same bits on both ranks and, to rounding, those of one."""
+    """torchrun: weights and alphas are the same bits on both ranks and, to rounding, those of one process."""
     monkeypatch.chdir(tmp_path)
     Path('job.py').write_text(RANKS)
     root, environment = str(Path(search.__file__).parent), {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -343,7 +343,7 @@ def test_a_half_step_waits_once(sampler):
     one for each parameter of Adam, which counts its steps on the CPU, also for parameters on a GPU.)"""
     counts = []
     for steps in 6, 12:
-        given = dict(model='resnet20', steps=steps, batch_size=2, sampler=sampler, shrink='none', device='cpu',
+        given = dict(model='resnet20', steps=steps, batch_size=2, sampler=sampler, device='cpu', shrink='none',
                      warmstart=0.0, candidates=0, discretise='shrink', judge=1)
         config = evaluate.configure(search.Config, search.PRESETS, given)
         setting = search.prepare(config)
