@@ -275,7 +275,8 @@ def blame(model: nn.Module, cell: Cell, x: Tensor) -> dict[str, Any]:
         hook.remove()
     largest, site, inputs = max(sites, key=lambda entry: entry[0])  # the first of equals
     ends = torch.stack(inputs.nan_to_num(0.0, 0.0, 0.0).aminmax()).tolist()
-    if cell.values is not None:
+    collecting = cell.values is not None and cell.values.is_leaf and cell.values.requires_grad
+    if cell.values is not None and not collecting:  # else the cell has no part in it
         grid = torch.linspace(*(min(max(end, -cell.limit), cell.limit) for end in ends), 1001).to(cell.grid)
         cell.evaluate(grid, cell.sample(noise=False), lambda name, y: ops.append((size(y), name)))
     largest, op = max(ops, key=lambda entry: entry[0], default=(largest, 'standard activation'))

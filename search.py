@@ -148,6 +148,9 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
     score(model, repeatable(val_batches, 1)(), loss)  # what does not fit shows now, not after the descent
     initial = copy.deepcopy(model.state_dict())
+    names = [key[-2] for key in getattr(model, 'index', ())]  # not ours: its most frequent activation
+    if names and (name := max(names, key=names.count)) in NAMED:
+        cell.standard = named(name)
     cell.reset(1e-3, config.start)
     weight_opt = weight_optimizer(weights, config)
     arch_opt = torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
@@ -255,12 +258,12 @@ def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
 def proposals(cell: Cell, config: Config) -> list[Activation]:
     """The functions to try, see --discretise: neither nearly straight lines nor the standard activation."""
     trees = [cell.tree()]
-    if config.discretise != 'shrink':
+    if config.discretise == 'project' or config.candidates and config.discretise == 'gradient':
         space = Space(config.ops, config.clip, config.cell)
     if config.discretise == 'project':
         seen = torch.from_numpy(np.interp(space.x, cell.grid[cell.bins].cpu(), cell.seen.mean(0).cpu()))
         trees = [match.tree for match in space.nearest(cell.curve(space.x), seen, 0)[0]][::-1]
-    elif config.discretise == 'gradient':
+    elif config.candidates and config.discretise == 'gradient':
         matches = sorted(steepest(space, cell, config.trust), key=lambda match: match.score)
         if config.around:
             matches = [match for match in matches if cell.standard.expression in write(match.tree)]
@@ -443,10 +446,6 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
     else:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
         model, loss = network(config, cell.site, dataset), cross_entropy
-        if ':' in config.model:  # not ours: proposals are compared with its most frequent activation
-            names = [key[-2] for key in model.index]
-            name = max(names, key=names.count)
-            cell.standard = named(name) if name in NAMED else cell.standard
         batches = [data.Batches(dataset, part, config.batch_size, seed, seed % 2 == 0, config.context,
                                 config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
     return model.to(config.device), cell.to(config.device), *batches, loss

@@ -90,7 +90,7 @@ class Space:
             parts, limit = [], torch.full((100,), torch.inf)  # limit: the worst score that is kept, by length
             for part in self.made(self.binary, rows, score):
                 parts.append(part.at(part.score < limit[part.length]))
-                if len(parts) > 20:
+                if len(parts) > 20 and any(len(part.ops) for part in parts):
                     parts = [best(parts, KEEP, scale=True, shift=shift)]
                     size = parts[0].length.bincount(minlength=100)
                     limit = torch.where(size < KEEP, torch.inf, parts[0].score[size.cumsum(0) - 1])

@@ -3,6 +3,7 @@
     python results/bench.py                    ten minutes on two quiet cores; a table, then a line of JSON
     python results/bench.py --only resnet20    one network
     python results/bench.py --device cuda --dtype bfloat16
+    python results/bench.py --scaling          larger networks of each family: a bi-level step and a plain one
 
 The loop of search.py itself is timed, in the preset quick, on random images of 32 x 32 or random text. After
 each of its steps all others have their turn, so that other work on the machine meets all alike; times are
@@ -39,7 +40,6 @@ SIZES = {'resnet20': (64, 4), 'vit_tiny': (32, 4), 'minigpt': (16, 2)}
 LARGE = {'resnet20': (64, 16), 'vit_tiny': (128, 16), 'minigpt': (64, 4)}  # on a GPU
 DESCENT = dict(warmstart=0.0, shrink='none', discretise='shrink', candidates=0, judge=1)
 
-
 class OpByOp(Cell):
     """The cell as DARTS and the paper compute it: every operation on every activation. Not normalised."""
     def tabulate(self, weights: Optional[list[Tensor]] = None, standard: bool = False) -> None:
@@ -47,12 +47,11 @@ class OpByOp(Cell):
         self.functions = [lambda x: self.evaluate(x.flatten(), weights)[0].view(x.shape)] * self.sites
         self.values, self.learns = None, torch.is_grad_enabled()
 
-
 class Setting:
     """A network, its batches and plain steps. cell: Cell or OpByOp; None for the standard activation."""
     def __init__(self, model: str, batch: int, cell: Optional[type[Cell]], rounds: int, **options: Any):
         draw = torch.Generator().manual_seed(0)
-        if model == 'minigpt':
+        if model.endswith('gpt'):
             text = torch.randint(256, (400_000,), generator=draw, dtype=torch.uint8)
             dataset = data.Dataset('random', 'text', text, text, 256)
         else:
@@ -85,7 +84,6 @@ class Setting:
         self.cell.tabulate()
         torch.autograd.grad(self.cell.values.sum(), list(self.cell.parameters()), allow_unused=True)
 
-
 class Stopwatch(Run):
     """Times the halves of each step of the search, and after it each of the others. milliseconds: by name."""
     def __init__(self, config: Config, others: dict[str, Callable[[], None]]):
@@ -112,7 +110,6 @@ class Stopwatch(Run):
             step()
             self.lap(name)
 
-
 def timed(setting: Setting, **others: Callable[[], None]) -> dict[str, float]:
     """Milliseconds by name: medians over the steps of a search, without the first two."""
     watch = Stopwatch(setting.config, others)
@@ -120,11 +117,9 @@ def timed(setting: Setting, **others: Callable[[], None]) -> dict[str, float]:
     search(setting.model, setting.cell, *batches, cross_entropy, setting.config, watch)
     return {name: statistics.median(times[2:]) for name, times in watch.milliseconds.items()}
 
-
 def both_ways(function: Callable[[Tensor], Tensor], *inputs: Tensor) -> None:
     """Forward, and backward to all inputs."""
     torch.autograd.grad(function(inputs[0]), inputs, torch.ones_like(inputs[0]))
-
 
 def compare(model: str, rounds: int, memory_over_plain: float, **options: Any) -> dict[str, float]:
     """The figures of one network."""
@@ -155,12 +150,22 @@ def compare(model: str, rounds: int, memory_over_plain: float, **options: Any) -
                          draw_share=ms['tables'] / ms['plain'] / bilevel,
                          lookup_over_gelu=(ms['fixed'] + ms['learning']) / 2 / ms['gelu'])
 
+def scaling(rounds: int, device: str) -> None:
+    """Prints a table of the families by size, at small batches."""
+    models = {**{f'resnet{depth}': 32 for depth in (20, 32, 44, 56, 110)},
+              'vit_tiny': 16, 'vit_small': 16, 'vit_base': 4, 'minigpt': 8, 'tinygpt': 8, 'smallgpt': 4}
+    print('| network | weights | batch | plain, ms | bi-level, ms | ratio |\n|---|---|---|---|---|---|')
+    for model, batch in models.items():
+        plain, setting = (Setting(model, batch, kind, rounds, device=device) for kind in (None, Cell))
+        ms = timed(setting, plain=plain.plain_step)
+        bilevel, weights = ms['weight'] + ms['architecture'], sum(p.numel() for p in plain.model.parameters())
+        print(f"| {model} | {weights:,} | {batch} | {ms['plain']:.0f} | {bilevel:.0f} "
+              f"| {bilevel / ms['plain']:.2f} |", flush=True)
 
 def peak() -> float:
     """MB: the largest resident size of this process so far."""
     unit = 1024 ** 2 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
 
 def alone(*arguments: str) -> dict[str, float]:
     """What this script prints, in a process of its own with one thread."""
@@ -169,7 +174,6 @@ def alone(*arguments: str) -> dict[str, float]:
         environment['MALLOC_MMAP_THRESHOLD_'] = '65536'
     command = [sys.executable, __file__, *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
-
 
 def memory(model: str, kind: str) -> dict[str, float]:
     """MB that three steps need at their peak, beyond what a few steps at batch 2 needed."""
@@ -184,13 +188,11 @@ def memory(model: str, kind: str) -> dict[str, float]:
                 setting.plain_step()
     return {'mb': peak() - before}
 
-
 def whole_space() -> dict[str, float]:
     """Seconds and MB of a process that looks through the paper's space for those nearest to a curve."""
     start, cpu = time.perf_counter(), time.process_time()
     Space().nearest(lambda x: F.gelu(x) + 0.1 * torch.sin(x))
     return {'seconds': time.perf_counter() - start, 'cpu_seconds': time.process_time() - cpu, 'mb': peak()}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -198,9 +200,12 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=11, help='steps that are timed (11)')
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
+    parser.add_argument('--scaling', action='store_true', help='larger networks instead')
     parser.add_argument('--memory', nargs=2, help=argparse.SUPPRESS)  # this and the next: what `alone` starts
     parser.add_argument('--space', action='store_true', help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.scaling:
+        return scaling(given.rounds, given.device)
     if given.memory or given.space:
         return print(json.dumps(whole_space() if given.space else memory(*given.memory)))
     models = [given.only] if given.only else list(SIZES)
@@ -220,7 +225,6 @@ def main() -> None:
     if space:
         print('\nSpace: {seconds} s, of CPU {cpu_seconds} s, and {mb} MB'.format(**results['space']))
     print('\n' + json.dumps(results))
-
 
 if __name__ == '__main__':
     main()

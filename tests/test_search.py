@@ -206,7 +206,7 @@ def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatc
 @pytest.mark.parametrize('teacher', ['abs(x)', 'mul(sigmoid(x), x)'])
 def test_a_planted_function_is_found(teacher, tmp_path):
     """Up to scale and shift, to 2 % of its deviation."""
-    result = run(tmp_path, '--teacher', teacher, '--batch-size', '256', '--steps', '240',
+    result = run(tmp_path, '--teacher', teacher, '--batch-size', '256', '--steps', '240', '--candidates', '8',
                  '--ops', 'identity,neg,abs,relu,tanh,sigmoid,add,mul,max')
     x = torch.linspace(-2, 2, 99)
     both = torch.stack([Activation(result['expression'])(x), Activation(teacher)(x)])

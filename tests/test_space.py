@@ -127,6 +127,11 @@ def test_steepest_is_what_brute_force_finds(seed, early, spellings):
     expected = best_by_length(spellings[0], scores)
     assert [m[:2][::-1] for m in front(matches)] == [pytest.approx(row, abs=1e-6) for row in expected]
 
+def test_steepest_of_nothing_is_nothing():
+    """--warmstart 0 collects no gradient, and no function fits statistics of nothing."""
+    assert steepest(Space('base', shape='core'), collected(0 * P, 0 * P, 0 * P, F.relu), 0.8) == []
+    assert steepest(SPACE, collected(P, P, 0 * P, F.relu), 0.8) == []
+
 def test_the_score_of_steepest_is_the_slope_of_the_loss():
     """Loss: half the squared difference from a wanted curve. Step: 1e-6 from the standard towards f."""
     s, wanted = F.silu(X), torch.tanh(X) * X.square() / 3
