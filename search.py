@@ -30,7 +30,7 @@ from cell import NORMALISERS, SAMPLERS, Cell, blame
 from evaluate import (Parser, Training, append, average, check_device, configure, cosine, cross_entropy,
                       is_first, learning_rate, number, one_line_errors, option, precision, score,
                       seed_everything, train, weight_optimizer)
-from models import STANDARD, network, teacher_and_student
+from models import STANDARD, network, replaced, teacher_and_student
 from space import Match, Space
 
 Loss = Callable[[Tensor, Tensor], Tensor]    # (output, target) -> scalar
@@ -103,7 +103,8 @@ PRESETS = {
         'resnet20': dict(PAPER, steps=14650, batch_size=64, accumulate=2, lr_milestones=(), grad_clip=5.0),
         'vit_tiny': dict(PAPER, steps=3650, batch_size=128, accumulate=4, grad_clip=5.0),
         'minigpt': dict(PAPER, steps=1000, warmup=0.0, arch_lr=1e-3, warmstart=0.1, shrink_from=0.2),
-        'toy': dict(PAPER | TEACHER, steps=1500, lr=1e-2, lr_end=1.0, grad_clip=5.0, arch_lr=1e-2)},
+        'toy': dict(PAPER | TEACHER, steps=1500, lr=1e-2, lr_end=1.0, grad_clip=5.0, arch_lr=1e-2,
+                    warmstart=0.07, shrink_from=0.14)},
 }
 
 # ---- the search ----
@@ -148,9 +149,10 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
     score(model, repeatable(val_batches, 1)(), loss)  # what does not fit shows now, not after the descent
     initial = copy.deepcopy(model.state_dict())
-    names = [key[-2] for key in getattr(model, 'index', ())]  # not ours: its most frequent activation
-    if names and (name := max(names, key=names.count)) in NAMED:
-        cell.standard = named(name)
+    if isinstance(model, replaced):  # the standard is its most frequent activation
+        names = [key[-2] for key in model.index]
+        name = max(names, key=names.count)
+        cell.standard = named(name) if name in NAMED else cell.standard
     cell.reset(1e-3, config.start)
     weight_opt = weight_optimizer(weights, config)
     arch_opt = torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)

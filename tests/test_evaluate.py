@@ -343,8 +343,8 @@ def test_a_half_step_waits_once(sampler):
     one for each parameter of Adam, which counts its steps on the CPU, also for parameters on a GPU.)"""
     counts = []
     for steps in 6, 12:
-        given = dict(model='resnet20', steps=steps, batch_size=2, sampler=sampler, device='cpu', shrink='none',
-                     warmstart=0.0, candidates=0, discretise='shrink', judge=1)
+        given = dict(model='resnet20', steps=steps, batch_size=2, sampler=sampler, device='cpu',
+                     shrink='none', warmstart=0.0, candidates=0, discretise='shrink', judge=1)
         config = evaluate.configure(search.Config, search.PRESETS, given)
         setting = search.prepare(config)
         with Waits() as waits:
