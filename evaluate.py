@@ -249,10 +249,11 @@ def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], 
     training, losses, hits, count = model.training, [], [], 0
     model.eval()
     for x, y in batches:
-        output = model(x)
-        losses.append(loss(output, y) * len(y))
-        count += len(y)
-        dims = [] if output.dim() < 2 or y.is_floating_point() else [1] if output.dim() > 3 else [-1, 1]
+        output, size = model(x), len(y) if isinstance(y, Tensor) else 1
+        losses.append(loss(output, y) * size)
+        count += size
+        logits = isinstance(output, Tensor) and isinstance(y, Tensor) and output.dim() > 1
+        dims = [] if not logits or y.is_floating_point() else [1] if output.dim() > 3 else [-1, 1]
         dims = [dim for dim in dims if output.shape[dim] > 1 and output.select(dim, 0).shape == y.shape]
         hits += [(output.argmax(dim) == y).float().mean() * len(y) for dim in dims[:1]]
     model.train(training)
@@ -310,7 +311,8 @@ def resolve(text: str) -> tuple[str, Activation]:
         try:
             run = json.loads(path.read_bytes())
             name = path.absolute().parent.name if path.name == 'activation.json' else path.stem
-            return name, Activation(run['expression'], run['config']['clip'])
+            clip = run['config']['clip']
+            return name, Activation(str(run['expression']), clip and float(clip))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path} is not the result of a finished search ({error!r})') from None
     if match := re.fullmatch(r'random_(\d{1,9})', text):
@@ -399,16 +401,22 @@ def main(arguments: Optional[list[str]] = None) -> None:
     add('--plot', metavar='FILE', help='draw the comparison there, as PNG (needs matplotlib)')
     add('--card', metavar='ACTIVATION', help='print what a function is like and costs, train nothing')
     add('--nearest', metavar='ACTIVATION', help='print the formulas of the search space nearest to it')
-    add('--ops', default='base', help='of --nearest: base, periodic, swish, no-composites, names (base)')
+    add('--ops', help='of --nearest: base, periodic, swish, no-composites, names (base)')
     parser.add_settings(Training, PRESETS)
     with one_line_errors(lambda: 'the same command goes on where it was'):
         given = vars(parser.parse_args(arguments))
+        if given['ops'] and not given['nearest']:
+            raise ValueError('--ops is of --nearest alone: leave it out')
+        if given['report'] and (given['random'] or given['activations']):
+            raise ValueError('--report trains nothing: leave out --random and activations')
         if given['card']:
             print(card(resolve(given['card'])[1]))
             return
         if given['nearest']:
+            f = resolve(given['nearest'])[1].double()
+            front, _ = space_of(given['ops'] or 'base').nearest(f)
             print('length   distance  formula, each better than all shorter ones')
-            for match in space_of(given['ops']).nearest(resolve(given['nearest'])[1].double())[0]:
+            for match in front:
                 print(f'{match.length:6d}  {100 * match.score:9.3f} %  {Activation(match.tree).formula}')
             return
         if given['report']:

@@ -295,6 +295,9 @@ class Replaced(nn.Module):
         with (torch.random.fork_rng(cuda), torch.set_grad_enabled(training), once, Kernels(),
               self.caught(recording=True)):
             output = torch.func.functional_call(self.model.train(training), buffers, inputs)
+            if training and not self.hidden and getattr(output, 'requires_grad', False):    # backward, too
+                output.sum().backward()
+                self.model.zero_grad()
         return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
     @contextmanager
@@ -344,7 +347,8 @@ def own_network(model: str) -> tuple[nn.Module, str]:
                 sources.add(getattr(sys.modules.pop(key), '__file__', None) or str(file))
         sys.modules.update(modules)
     text = b''.join(Path(source).read_bytes() for source in sorted(sources))
-    return network, hashlib.sha256(text).hexdigest()[:8]
+    shape = re.sub(' at 0x[0-9a-f]+', '', repr(network))    # what the files read from elsewhere shows here
+    return network, hashlib.sha256(text + shape.encode()).hexdigest()[:8]
 
 def source_digest(model: str) -> str:
     """The checksum of the user's files, by which a ledger tells versions apart; '' for other networks."""
@@ -380,8 +384,9 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
         if config.compile:
             ours.compile()
         return ours
-    x = dataset.train[:config.context].long().repeat(2, 1) if text else dataset.train[0][:2].float() / 255
-    wanted = (*x.shape, n) if text else (2, n)
+    size = config.batch_size    # that of the training: a network may fail at another
+    x = dataset.train[:config.context].long().repeat(size, 1) if text else dataset.train[0][:size] / 255.0
+    wanted = (*x.shape, n) if text else (len(x), n)
     try:
         torchvision = model.startswith('torchvision:')
         other = torchvision_network(model, dataset) if torchvision else own_network(model)[0]

@@ -17,6 +17,7 @@ from models import STANDARD
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # for all eyes
 STYLES = ('-', '--', '-.', ':')
+ROW = {'name', 'expression', 'clip', 'seed', 'diverged'}  # what every row of a ledger has, and settings
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add a line of JSON in one write, so that processes may share the file; never behind a cut line."""
@@ -33,7 +34,8 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     for k, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             row = json.loads(line or b'{}')
-            rows += [row] if line and row['settings']['model'] and row['expression'] and row['name'] else []
+            whole = line and row['settings']['data'] and row.keys() >= ROW
+            rows += [row] if whole else []
         except (ValueError, KeyError, TypeError, RecursionError):
             print(f'warning: {path}, line {k} is cut or no row of a ledger; skipped', file=sys.stderr)
     return rows

@@ -30,7 +30,7 @@ from cell import NORMALISERS, SAMPLERS, Cell, blame
 from evaluate import (Parser, Training, append, average, check_device, configure, cosine, cross_entropy,
                       is_first, learning_rate, number, one_line_errors, option, precision, score,
                       seed_everything, train, weight_optimizer)
-from models import STANDARD, network, replaced, teacher_and_student
+from models import STANDARD, network, replaced, source_digest, teacher_and_student
 from space import Match, Space
 
 Loss = Callable[[Tensor, Tensor], Tensor]    # (output, target) -> scalar
@@ -71,6 +71,7 @@ class Config(Training):
     around: bool = option(True)           # and whether only those made with the standard activation
     trials_from: str = option('scratch')  # or trained: the weights of the descent
     judge: int = option(10)               # validation batches that judge a trial
+    digest: str = option('')              # of data and network: a run goes on with the same
 
     def at(self, share: float) -> int:
         """The step at a share of the steps; the last step is always after it."""
@@ -122,7 +123,7 @@ def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bo
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     if limit:
         torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
-    return bool(torch.stack(torch._foreach_norm([norm, *others])).isfinite().all())
+    return bool(torch.stack(torch._foreach_norm([norm, *others], math.inf)).isfinite().all())
 
 def operations_left(step: int, config: Config, first: int, last: int) -> int:
     """How many operations may be left after so many steps: `first` until shrink_from, `last` at shrink_until.
@@ -160,7 +161,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     run.hold(model=model, cell=cell, weight_opt=weight_opt, arch_opt=arch_opt, train=train_batches,
              val=val_batches)
     all_operations, warmstart = sum(map(len, cell.ops)), config.at(config.warmstart)
-    running = [b for b in model.buffers() if b.is_floating_point() and b.isfinite().all()]  # no mask of -inf
+    buffers = (b for b in model.buffers() if b.is_floating_point() and b.numel())
+    running = [b for b in buffers if b.isfinite().all()]  # running statistics, no mask of -inf
     model.train()
 
     for step in range(run.state['step'], config.steps):
@@ -448,6 +450,7 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
     else:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
         model, loss = network(config, cell.site, dataset), cross_entropy
+        config.digest = dataset.digest + source_digest(config.model)
         batches = [data.Batches(dataset, part, config.batch_size, seed, seed % 2 == 0, config.context,
                                 config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
     return model.to(config.device), cell.to(config.device), *batches, loss
@@ -457,6 +460,7 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
     try:
         checkpoint = torch.load(folder / 'checkpoint.pt', map_location='cpu', weights_only=True)
         config = Config(**{**checkpoint['config'], 'out': str(folder)})
+        assert {'parts', 'state', 'python', 'torch', 'cuda'} <= checkpoint.keys() and config.data
     except Exception as error:  # torch.load raises a dozen kinds on files that are something else
         raise ValueError(f'--resume {folder}: no checkpoint of a run ({type(error).__name__})') from None
     for name in vars(config).keys() & given.keys() - {'out', 'data_dir', 'device'}:
@@ -483,27 +487,32 @@ def main(arguments: Optional[list[str]] = None) -> None:
             given = (PAPER if given.get('method') == 'paper' else {}) | given
             config = configure(Config, PRESETS, given)
             planted = config.data == 'teacher'
-            if given.get('data_dir' if planted else 'teacher'):
-                raise ValueError('--teacher makes the data of --model toy: leave out --data and --data-dir')
+            if given.keys() & ({'data_dir', 'side', 'only', 'context'} if planted else {'teacher'}):
+                raise ValueError('--teacher makes the data of --model toy: leave out --data, --data-dir, '
+                                 '--side, --context and --only')
             config.teacher = config.teacher if planted else ''
             if planted and math.isnan(nonlinearity(named(config.teacher))):
                 raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')
             name = Path(config.model).name.replace('.py:', '-').replace(':', '-')
             config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
         files = ['activation.json', 'found.py', 'search.png', 'checkpoint.pt', 'log.jsonl']
-        for path in [Path(config.out, file) for file in files[:1 if checkpoint else 5] if is_first()]:
+        files += [f'{file}.tmp' for file in files]
+        for path in [Path(config.out, file) for file in files[:1 if checkpoint else None] if is_first()]:
             if path.exists() and path.stat().st_size:
                 raise ValueError(f'{path} already exists; choose another --out, or go on with an unfinished '
                                  f'run by --resume {config.out}')
+        digest = config.digest
         model, cell, train_batches, val_batches, loss = prepare(config)
+        if checkpoint and config.digest != digest:
+            raise ValueError(f"--resume {config.out}: data or network are not those of the run")
         print(f'{config.model} with {cell.sites} sites on {config.data}: {config.steps} steps; '
               f'run folder {config.out}', flush=True)
-        folder = Path(config.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / 'log.jsonl', 'ab') as file:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        with open(Path(config.out, 'log.jsonl'), 'ab') as file:
             if is_first():
                 lock(file)
                 file.truncate(checkpoint['state']['log_size'] if checkpoint else 0)  # what came after it
+            folder = Path(config.out)
             run = Run(config, folder if is_first() else None, checkpoint)
             found, validation = search(model, cell, train_batches, val_batches, loss, config, run)
             if is_first():

@@ -186,7 +186,7 @@ def test_a_replaced_network_is_a_module():
 # ---- --model ----
 
 def config(model):
-    return SimpleNamespace(model=model, context=8, dropout=0.0, compile=False, only='')
+    return SimpleNamespace(model=model, context=8, dropout=0.0, compile=False, batch_size=2, only='')
 
 def images(side=32, classes=5):
     return SimpleNamespace(name='pictures', kind='image', classes=classes, channels=3, side=side,

@@ -372,3 +372,27 @@ def test_help(capsys):
     with pytest.raises(SystemExit, match='0'):
         search.main(['--help'])
     assert '(resnet20 150, vit_tiny 120, minigpt 240, toy 600)' in ' '.join(capsys.readouterr().out.split())
+
+MASKED = '''
+import torch, torch.nn as nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.GELU(), nn.Linear(8, 10))
+        self.register_buffer('mask', torch.full((3, 3), torch.finfo(torch.float32).min).triu(1))
+    def forward(self, x):
+        return self.layers(x)
+'''
+
+def test_large_constants_are_no_trouble_and_edits_end_a_run(tmp_path, monkeypatch, capsys):
+    """A mask of the lowest float32 is finite: no step is skipped. A run goes on with its own network only."""
+    monkeypatch.chdir(tmp_path)
+    Path('net.py').write_text(MASKED)
+    run('a', '--model', 'net.py:Net', '--steps', '4')
+    assert not any('skipped' in row for row in log('a'))
+    Path('a/activation.json').unlink()
+    Path('net.py').write_text(MASKED.replace('GELU', 'SiLU'))
+    assert 'not those of the run' in refused(['--resume', 'a'], capsys)
+    Path('net.py').write_text(MASKED.replace('return self.layers(x)', 'return self.layers(x.view(2, -1))'))
+    assert 'net.py, line 9' in refused([*SMALL, '--model', 'net.py:Net', '--out', 'b'], capsys)
+    assert '--only' in refused([*SMALL, '--only', 'relu', '--out', 'c'], capsys)
