@@ -148,6 +148,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
     weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
+    if not weights:
+        raise ValueError('the network has no weight that learns: all are frozen')
     score(model, repeatable(val_batches, 1)(), loss)  # what does not fit shows now, not after the descent
     initial = copy.deepcopy(model.state_dict())
     if isinstance(model, replaced):  # the standard is its most frequent activation
