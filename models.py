@@ -382,6 +382,7 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
                                      context=config.context, dropout=config.dropout)
         ours = MODELS[model](make, **{key: value for key, value in shape.items() if key in takes})
         if config.compile:
+            torch._dynamo.config.cache_size_limit = 64    # as many blocks of one class get code of their own
             ours.compile()
         return ours
     size = config.batch_size    # that of the training: a network may fail at another
