@@ -341,7 +341,7 @@ def own_network(model: str) -> tuple[nn.Module, str]:
             raise ValueError(f"there is no function '{name}' in it{did_you_mean(name, functions)}")
         network = functions[name]()
     finally:
-        sys.path[:] = path
+        sys.path[:] = path + [str(file.parent)] * (str(file.parent) not in path)    # for imports in forward
         for key, module in list(sys.modules.items()):
             if key.split('.')[0] in beside and modules.get(key) is not module:    # to be read anew next time
                 sources.add(getattr(sys.modules.pop(key), '__file__', None) or str(file))
