@@ -149,7 +149,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
     if not weights:
-        raise ValueError('the network has no weight that learns: all are frozen')
+        raise ValueError('the network has no weight that learns: unfreeze some (requires_grad_)')
     score(model, repeatable(val_batches, 1)(), loss)  # what does not fit shows now, not after the descent
     initial = copy.deepcopy(model.state_dict())
     if isinstance(model, replaced):  # the standard is its most frequent activation
@@ -187,18 +187,18 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
                     val_loss = loss(held(model)(x), y) / config.accumulate
                 parts.append(torch.autograd.grad(val_loss, [cell.values] if collect else architecture,
                                                  allow_unused=True, materialize_grads=True))
-            gradients = [sum(terms) for terms in zip(*parts)]
-            average(gradients)
-            limit = 0.0 if collect else config.grad_clip
-            if parts and not clip_gradients(gradients, limit, val_loss.detach()):
-                trouble = blame(model, cell, x) | {'skipped': 'architecture'}
-            elif parts and collect:  # the first inputs are counted when the histograms have seen some
-                cell.collect(gradients[0], early=warmstart // 8 <= step <= warmstart // 4)
-            elif parts:
-                for p, gradient in zip(architecture, gradients):
-                    p.grad = gradient
-                arch_opt.step()
-                arch_opt.zero_grad()
+            if parts:
+                gradients = [sum(terms) for terms in zip(*parts)]
+                average([*gradients, val_loss.detach()])  # the loss, too: all ranks skip a step, or none
+                if not clip_gradients(gradients, 0.0 if collect else config.grad_clip, val_loss.detach()):
+                    trouble = blame(model, cell, x) | {'skipped': 'architecture'}
+                elif collect:  # the first inputs are counted when the histograms have seen some
+                    cell.collect(gradients[0], early=warmstart // 8 <= step <= warmstart // 4)
+                else:
+                    for p, gradient in zip(architecture, gradients):
+                        p.grad = gradient
+                    arch_opt.step()
+                    arch_opt.zero_grad()
 
         # 2. Weight step: the weights, on training batches. No graph leads from the tables to the alphas.
         for group in weight_opt.param_groups:
@@ -212,7 +212,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
                 train_loss = loss(model(x), y) / config.accumulate
             train_loss.backward()
         gradients = [p.grad for p in weights if p.grad is not None]
-        average([*gradients, cell.seen, *running])
+        average([*gradients, train_loss.detach(), cell.seen, *running])
         if clip_gradients(gradients, config.grad_clip, train_loss.detach(), *running):
             weight_opt.step()
         else:
@@ -506,7 +506,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
         digest = config.digest
         model, cell, train_batches, val_batches, loss = prepare(config)
         if checkpoint and config.digest != digest:
-            raise ValueError(f"--resume {config.out}: data or network are not those of the run")
+            raise ValueError(f'--resume {config.out}: data or network are not those of the run: give them '
+                             f'back, or start a new run')
         print(f'{config.model} with {cell.sites} sites on {config.data}: {config.steps} steps; '
               f'run folder {config.out}', flush=True)
         Path(config.out).mkdir(parents=True, exist_ok=True)

@@ -85,8 +85,8 @@ class Space:
     def scan(self, score: Callable[[Tensor], Tensor], shift: bool) -> list[Match]:
         """The best of each length, each once up to output scale (and shift).
         score: (functions, points) -> (functions,); inf or nan for what is left out."""
-        for rows in [self.rows, None][:1 + (self.shape == 'deep')]:
-            rows = rows or best(self.made(self.unary, found))
+        for stage in range(2 if self.shape == 'deep' else 1):
+            rows = best(self.made(self.unary, found)) if stage else self.rows
             parts, limit = [], torch.full((100,), torch.inf)  # limit: the worst score that is kept, by length
             for part in self.made(self.binary, rows, score):
                 parts.append(part.at(part.score < limit[part.length]))

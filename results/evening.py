@@ -12,7 +12,6 @@ results/evening.jsonl, so the same command goes on. FOLDER holds CIFAR-10 and Ti
     lengths    eight functions at a quarter and four times (resnet20: a sixteenth) of the steps, seeds 0 to 2
 """
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -130,6 +129,7 @@ def differences(network: str) -> dict[str, dict[int, tuple[int, float, float]]]:
 
 def report() -> str:
     """The tables of the trainings, and how the differences to the standard shrink with length."""
+    import torch
     from evaluate import read_ledger
     from plot import report as tables
     rows = [row for row in read_ledger(LEDGER) if row['seed'] < 90]
@@ -139,6 +139,12 @@ def report() -> str:
         lengths = sorted({steps for row in table.values() for steps in row})
         text += ['', f'| {network}: test loss minus that of {STANDARD[network]} |' + ''.join(
             f' {steps} steps |' for steps in lengths), '|---' * (len(lengths) + 1) + '|']
+        whole = [row for row in table.values() if len(row) == len(lengths)]
+        if whole:
+            means = torch.tensor([[row[steps][1] for row in whole] for steps in lengths])
+            ranks = torch.corrcoef(means.argsort().argsort().double())
+            text.insert(-2, f'rank correlations of {len(whole)} functions between {lengths} steps: '
+                            f'{ranks.tolist()}')
         for name, row in table.items():
             cells = [f'{mean:+.4f} +- {half:.4f}' if (n := row.get(steps, (0,))[0]) and n > 1 else '-'
                      for steps in lengths for _, mean, half in [row.get(steps, (0, 0.0, 0.0))]]

@@ -112,6 +112,7 @@ def test_accuracy_where_it_has_a_meaning(logits, target, accuracy):
     batches = [(logits, target), (logits[:1], target[:1])]
     result = score(nn.Identity(), batches, lambda output, y: torch.tensor(float(len(y))))
     assert result['loss'] == pytest.approx((n * n + 1) / (n + 1)) and result.keys() <= {'loss', 'accuracy'}
+    assert score(nn.Identity(), [({'a': 1}, {'b': 2})], lambda *_: torch.ones(())) == {'loss': 1.0}
 
 # ---- runs ----
 

@@ -25,13 +25,10 @@ def same(call):
 
 # ---- our networks ----
 
-@pytest.mark.parametrize('name, value', [('resnet20', 40.85815155033102), ('vit_tiny', -49.52503006619015),
-                                         ('minigpt', -13.70305407360004), ('toy', 2.6097724159066593)])
+@pytest.mark.parametrize('name, value', [('resnet20', 40.85815155033102), ('minigpt', -13.70305407360004),
+                                         ('toy', 2.6097724159066593)])
 def test_initial_weights(name, value):
     """A seed goes on meaning what it means in the published results."""
-    torch.manual_seed(0)
-    if name == 'vit_tiny' and abs(nn.init.trunc_normal_(torch.empty(1)).item() - 1.5409961) > 1e-5:
-        pytest.skip('this version of torch draws truncated normals in another way')
     torch.manual_seed(0)
     assert checksum(MODELS[name](nn.ReLU)) == pytest.approx(value, rel=1e-6)
 

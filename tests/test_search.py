@@ -19,7 +19,7 @@ import data
 import evaluate
 import search
 from activation import Activation
-from cell import Cell
+from cell import Cell, blame
 from evaluate import cross_entropy
 from models import replaced
 from search import Config, operations_left
@@ -396,3 +396,14 @@ def test_large_constants_are_no_trouble_and_edits_end_a_run(tmp_path, monkeypatc
     Path('net.py').write_text(MASKED.replace('return self.layers(x)', 'return self.layers(x.view(2, -1))'))
     assert 'net.py, line 9' in refused([*SMALL, '--model', 'net.py:Net', '--out', 'b'], capsys)
     assert '--only' in refused([*SMALL, '--only', 'relu', '--out', 'c'], capsys)
+
+def test_a_trial_begins_where_the_weights_are_used_to():
+    """Whatever the scale and shift of a proposal, the trained weights see the curve that they know."""
+    torch.manual_seed(0)
+    cell = Cell(sampler='softmax', normalise='centre')
+    model = nn.Sequential(cell.site())
+    x = cell.grid[cell.bins]
+    y = search.in_its_place(lambda x: 7 - 3 * cell.curve(x), cell)(x)
+    assert torch.allclose(y, cell.values[0, cell.bins], atol=1e-4) and y.std() > 0.1
+    cell.tabulate(standard=True)  # while dL/df is collected the cell has no part in what goes wrong
+    assert blame(model, cell, torch.randn(4, 3))['op'] == 'standard activation'
