@@ -4,13 +4,16 @@
     python results/bench.py --only resnet20    one network
     python results/bench.py --device cuda --dtype bfloat16
     python results/bench.py --scaling          larger networks of each family: a bi-level step and a plain one
+    python results/bench.py --profile          what the time of a bi-level step goes to
 
 The loop of search.py itself is timed, in the preset quick, on random images of 32 x 32 or random text. After
 each of its steps all others have their turn, so that other work on the machine meets all alike; times are
 medians. A plain step is one of evaluate.py, with the standard activation: same batches, clipping, optimiser.
 """
 import argparse
+import itertools
 import json
+import math
 import os
 import resource
 import statistics
@@ -154,13 +157,15 @@ def scaling(rounds: int, device: str) -> None:
     """Prints a table of the families by size, at small batches."""
     models = {**{f'resnet{depth}': 32 for depth in (20, 32, 44, 56, 110)},
               'vit_tiny': 16, 'vit_small': 16, 'vit_base': 4, 'minigpt': 8, 'tinygpt': 8, 'smallgpt': 4}
-    print('| network | weights | batch | plain, ms | bi-level, ms | ratio |\n|---|---|---|---|---|---|')
+    print('| network | weights | batch | plain, ms | bi-level, ms | ratio | plain, MB | bi-level, MB |')
+    print('|---|---|---|---|---|---|---|---|')
     for model, batch in models.items():
         plain, setting = (Setting(model, batch, kind, rounds, device=device) for kind in (None, Cell))
         ms = timed(setting, plain=plain.plain_step)
         bilevel, weights = ms['weight'] + ms['architecture'], sum(p.numel() for p in plain.model.parameters())
+        mb = [memory(model, batch, kind) for kind in (None, Cell)] if device == 'cpu' else [math.nan] * 2
         print(f"| {model} | {weights:,} | {batch} | {ms['plain']:.0f} | {bilevel:.0f} "
-              f"| {bilevel / ms['plain']:.2f} |", flush=True)
+              f"| {bilevel / ms['plain']:.2f} | {mb[0]:.0f} | {mb[1]:.0f} |", flush=True)
 
 def peak() -> float:
     """MB: the largest resident size of this process so far."""
@@ -170,23 +175,51 @@ def peak() -> float:
 def alone(*arguments: str) -> dict[str, float]:
     """What this script prints, in a process of its own with one thread."""
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
-    if arguments[0] == '--memory':  # glibc gives large blocks back at once: the peak is what was needed
-        environment['MALLOC_MMAP_THRESHOLD_'] = '65536'
     command = [sys.executable, __file__, *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
 
-def memory(model: str, kind: str) -> dict[str, float]:
-    """MB that three steps need at their peak, beyond what a few steps at batch 2 needed."""
-    before = 0.0
-    for batch in (2, SIZES[model][0]):
-        before = peak()
-        setting = Setting(model, batch, None if kind == 'plain' else Cell, 3, device='cpu')
-        if setting.cell:
-            timed(setting)
-        else:
-            for _ in range(3):
-                setting.plain_step()
-    return {'mb': peak() - before}
+def steps(setting: Setting, count: int) -> None:
+    """So many steps, of the search where there is a cell, else of plain training."""
+    if setting.cell:
+        timed(setting)
+    for _ in range(0 if setting.cell else count):
+        setting.plain_step()
+
+def memory(model: str, batch: int, kind: Optional[type[Cell]]) -> float:
+    """MB: all tensors at the peak of three steps, as PyTorch counts them: weights, optimiser and data, too."""
+    with torch.profiler.profile(profile_memory=True) as record:
+        steps(Setting(model, batch, kind, 1, device='cpu'), 3)
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events)) / 2 ** 20
+
+# The first of these that is in the name of an operation (of those that call no other in the list) is its part.
+PARTS = {'convolutions': 'conv', 'matrix products': 'mm', 'attention': 'attention', 'normalisation': 'norm',
+         'optimiser': 'Optimizer', 'lookups': 'Lookup'}
+
+def profile(model: str, rounds: int) -> dict[str, float]:
+    """Share of a bi-level step by part, in per cent of its CPU time."""
+    setting = Setting(model, SIZES[model][0], Cell, rounds, device='cpu')
+    real = setting.cell.tabulate
+    def tabulate(*arguments: Any, **options: Any) -> None:
+        with torch.profiler.record_function('drawing'):
+            real(*arguments, **options)
+    setting.cell.tabulate = tabulate
+    with torch.profiler.profile() as record:
+        timed(setting)
+    times: dict[str, float] = defaultdict(float)
+    def walk(event: Any, part: str) -> None:
+        own = [name for name, word in {**PARTS, 'drawing': 'drawing'}.items() if word in event.name]
+        part = part if part != 'rest' or not own else own[0]
+        children = event.cpu_children
+        times[part] += event.cpu_time_total - sum(child.cpu_time_total for child in children)
+        for child in children:
+            walk(child, part)
+    for event in record.events():
+        if event.cpu_parent is None:
+            walk(event, 'rest')
+    total = sum(times.values())
+    return {name: round(100 * times[name] / total, 1) for name in (*PARTS, 'drawing', 'rest')}
 
 def whole_space() -> dict[str, float]:
     """Seconds and MB of a process that looks through the paper's space for those nearest to a curve."""
@@ -201,19 +234,25 @@ def main() -> None:
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
     parser.add_argument('--scaling', action='store_true', help='larger networks instead')
-    parser.add_argument('--memory', nargs=2, help=argparse.SUPPRESS)  # this and the next: what `alone` starts
-    parser.add_argument('--space', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--profile', action='store_true', help='what the time of a bi-level step goes to instead')
+    parser.add_argument('--space', action='store_true', help=argparse.SUPPRESS)  # what `alone` starts
     given = parser.parse_args()
     if given.scaling:
         return scaling(given.rounds, given.device)
-    if given.memory or given.space:
-        return print(json.dumps(whole_space() if given.space else memory(*given.memory)))
+    if given.space:
+        return print(json.dumps(whole_space()))
     models = [given.only] if given.only else list(SIZES)
+    if given.profile:
+        shares = {model: profile(model, given.rounds) for model in models}
+        for cells in (['network', *PARTS, 'drawing', 'rest'], 8 * ['---'],
+                      *([model, *row.values()] for model, row in shares.items())):
+            print(f"| {' | '.join(map(str, cells))} |")
+        return
     options, space = dict(device=given.device, dtype=given.dtype, compile=False), {}
     mb = {m: (0.0, 1.0) for m in models}
     if given.device == 'cpu':
         space = {'space': alone('--space')}  # subtle: a process starts with its parent's peak, small here
-        mb = {m: [alone('--memory', m, kind)['mb'] for kind in ('table', 'plain')] for m in models}
+        mb = {m: [memory(m, SIZES[m][0], kind) for kind in (Cell, None)] for m in models}
     results = {m: compare(m, given.rounds, mb[m][0] / mb[m][1], **options) for m in models} | space
     results = {name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()}
     name = torch.cuda.get_device_name() if given.device == 'cuda' else f'{torch.get_num_threads()} threads'
