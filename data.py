@@ -143,7 +143,7 @@ def images(name: str, path: str, raw: bytes, side: int) -> Part:
     labels = 2 if name == 'cifar100' else 1  # bytes of label, of which the last counts
     size = labels + 3 * side ** 2
     if not raw or len(raw) % size:
-        raise ValueError(f'{path}: {len(raw)} bytes are not records of {size}: truncated, or another file')
+        raise ValueError(f'{path}: {len(raw)} bytes are no records of {size}, it is truncated: get it again')
     records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, size)
     return records[:, labels:].reshape(-1, 3, side, side), records[:, labels - 1].long()
 

@@ -302,7 +302,7 @@ def random_function(space: Space, seed: int) -> Tree:
         tree = space.tree([*space.rows.ops[i], *space.first.ops[j], joins[k]])
         if nonlinearity(lambda x: values(tree, x, space.clip)) > 0.01:  # of a constant: nan
             return tree
-    raise ValueError('these operations make nothing but constants and straight lines')
+    raise ValueError('these operations make nothing but constants and straight lines: take more')
 
 def resolve(text: str) -> tuple[str, Activation]:
     """A run folder, a known name, an expression, or random_0, random_1 ... from the search space."""
@@ -314,7 +314,7 @@ def resolve(text: str) -> tuple[str, Activation]:
             clip = run['config']['clip']
             return name, Activation(str(run['expression']), clip and float(clip))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f'{path} is not the result of a finished search ({error!r})') from None
+            raise ValueError(f'{path} is not from a finished search ({error!r}): name a run folder') from None
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return text, Activation(random_function(space_of(), int(match[1])))
     return text.replace(' ', ''), named(text)

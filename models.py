@@ -269,7 +269,8 @@ class Replaced(nn.Module):
         for m, mode in zip(self.names, modes):
             m.training = mode
         if self.hidden:
-            raise ValueError(f'in torch.jit or a fused operation, out of reach: {counted(self.hidden)}')
+            raise ValueError(f'in torch.jit or a fused operation, out of reach: {counted(self.hidden)}; '
+                             f'call it from Python')
         if not self.sites:
             raise ValueError(f"the network calls no activation to replace ({self.describe()}); name one of "
                              f"{', '.join(GATES)} with only to replace it")
@@ -375,7 +376,7 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
     if model in MODELS:
         takes = inspect.signature(MODELS[model]).parameters
         if ('vocabulary' in takes) != text:
-            raise ValueError(f"{what}: this network reads {'images' if text else 'text'}")
+            raise ValueError(f"{what}: this network reads {'images' if text else 'text'}; change one of them")
         if config.only:
             raise ValueError(f'{what}: leave out --only, this network has one kind of activation')
         shape = vars(dataset) | dict(vocabulary=n, outputs=n, inputs=dataset.channels * dataset.side ** 2,

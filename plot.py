@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from activation import Activation, named
+from activation import Activation
 from models import STANDARD
 
 # Student's t with 1, 2, 3 ... degrees of freedom has 95 % of its mass in [-t, t].
@@ -137,7 +137,7 @@ def search(folder: Path) -> Path:
         raise ValueError(f'{folder}/log.jsonl holds no step yet; wait a little')
     if result.exists():
         found = Activation(json.loads(result.read_text(encoding='utf-8'))['expression'], config['clip'])
-    standard = named(STANDARD.get(config['model'], 'relu'))
+    standard = Activation(rows[0].get('standard', 'relu(x)'), None)
     title = f"{Path(config['model']).name} on {config['data']}, seed {config['seed']}"
     title += f':  f(x) = {found.formula}' if found else f":  step {steps[-1]['step']} of {config['steps']}"
     figure = plt.figure(figsize=(12, 11), layout='constrained')

@@ -83,8 +83,8 @@ PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log'
              arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, warm_alphas=True, start=0.0, temperature=1.0,
              discretise='shrink', candidates=0)  # of --method paper
 TEACHER = dict(data='teacher', teacher='mul(sigmoid(x), x)', batch_size=256, weight_decay=0.0)
-TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.05,
-           start=0.0, shrink='none', normalise='centre', temperature=1.0, discretise='project',
+TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.15,
+           start=0.95, shrink='none', normalise='centre', temperature=1.0, discretise='project',
            trial_steps=0.15, trials_from='trained')
 RESNET = dict(lr_end=0.1, trust=0.5, lengths=(2,), around=False)
 PRESETS = {
@@ -268,7 +268,8 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
         space = Space(config.ops, config.clip, config.cell)
     if config.discretise == 'project':
         seen = torch.from_numpy(np.interp(space.x, cell.grid[cell.bins].cpu(), cell.seen.mean(0).cpu()))
-        trees = [match.tree for match in space.nearest(cell.curve(space.x), seen, 0)[0]][::-1]
+        front, best = space.nearest(cell.curve(space.x), seen, config.candidates)
+        trees = [match.tree for match in front[::-1] + best]
     elif config.candidates and config.discretise == 'gradient':
         matches = sorted(steepest(space, cell, config.trust), key=lambda match: match.score)
         if config.around:
@@ -277,7 +278,8 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
         trees += [tree for row in itertools.zip_longest(*of_length) for tree in row if tree]
     bend = 0.01 if config.teacher else 0.15  # how far from a straight line
     found = (Activation(tree, config.clip) for tree in trees)
-    found = (f for f in found if distance(f, cell.standard, False) > 0.01 and nonlinearity(f) > bend)
+    found = (f for f in found if nonlinearity(f) > bend
+             and (config.teacher or distance(f, cell.standard, False) > 0.01))
     best = list(itertools.islice(found, config.candidates)) or [Activation(cell.tree(), config.clip)]
     return [f.to(cell.grid.device) for f in best]
 
@@ -348,7 +350,8 @@ class Run:
         else:
             self.save()
         if not self.state['log_size']:
-            self.log({'config': dataclasses.asdict(self.config)})
+            standard = self.parts['cell'].standard.expression
+            self.log({'config': dataclasses.asdict(self.config), 'standard': standard})
 
     def save(self) -> None:
         if self.folder:
@@ -443,7 +446,9 @@ def lock(file: BinaryIO) -> None:
 def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
     """The network with the sites of a new cell in it, the cell, training and validation batches, the loss."""
     seed_everything(config.seed)
-    standard, seeds = STANDARD.get(config.model, 'relu'), (2 * config.seed, 2 * config.seed + 1)
+    # weights take their signs in the warm start: an even function leaves open whether the planted one rises
+    standard = 'abs(x)' if config.teacher else STANDARD.get(config.model, 'relu')
+    seeds = 2 * config.seed, 2 * config.seed + 1
     cell = Cell(config.ops, config.clip, config.sampler, standard, config.normalise, config.cell)
     if config.teacher:
         teacher, model = teacher_and_student(lambda: named(config.teacher), cell.site)
@@ -467,7 +472,8 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
         raise ValueError(f'--resume {folder}: no checkpoint of a run ({type(error).__name__})') from None
     for name in vars(config).keys() & given.keys() - {'out', 'data_dir', 'device'}:
         if given[name] != getattr(config, name):
-            raise ValueError(f'--resume keeps the settings of the run: {name} is {getattr(config, name)}')
+            raise ValueError(f'--resume keeps the settings of the run: {name} is {getattr(config, name)}; '
+                             f"leave --{name.replace('_', '-')} out")
     config.device = check_device(given.get('device', config.device))
     if 'data_dir' in given:
         config.data_dir = os.path.abspath(given['data_dir'])

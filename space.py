@@ -108,7 +108,7 @@ class Space:
         curve = (curve(self.x) if callable(curve) else curve).detach().double()
         curve = curve - density @ curve
         if not density @ curve.square() > 1e-18:
-            raise ValueError('the curve is constant where its inputs lie, so every function draws it')
+            raise ValueError('the curve is constant where its inputs lie; take one that bends there')
         def unexplained(f: Tensor) -> Tensor:  # (functions,) share of the curve's variance
             f = f - (f @ density)[:, None]
             explained = (f @ (density * curve)).square() / (f.square() @ density) / (density @ curve.square())

@@ -11,6 +11,7 @@ each of its steps all others have their turn, so that other work on the machine 
 medians. A plain step is one of evaluate.py, with the standard activation: same batches, clipping, optimiser.
 """
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -186,14 +187,15 @@ def steps(setting: Setting, count: int) -> None:
         setting.plain_step()
 
 def memory(model: str, batch: int, kind: Optional[type[Cell]]) -> float:
-    """MB: all tensors at the peak of three steps, as PyTorch counts them: weights, optimiser and data, too."""
+    """MB: all tensors at the peak of three steps, as PyTorch counts them: weights and data, too."""
+    gc.collect()  # subtle: what is freed meanwhile must not count
     with torch.profiler.profile(profile_memory=True) as record:
         steps(Setting(model, batch, kind, 1, device='cpu'), 3)
     events = [event for event in record.profiler.kineto_results.events() if event.name() == '[memory]']
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events)) / 2 ** 20
 
-# The first of these that is in the name of an operation (of those that call no other in the list) is its part.
+# The outermost operation that has one of these words in its name says which part a time belongs to.
 PARTS = {'convolutions': 'conv', 'matrix products': 'mm', 'attention': 'attention', 'normalisation': 'norm',
          'optimiser': 'Optimizer', 'lookups': 'Lookup'}
 
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
     parser.add_argument('--scaling', action='store_true', help='larger networks instead')
-    parser.add_argument('--profile', action='store_true', help='what the time of a bi-level step goes to instead')
+    parser.add_argument('--profile', action='store_true', help='what a bi-level step spends time on instead')
     parser.add_argument('--space', action='store_true', help=argparse.SUPPRESS)  # what `alone` starts
     given = parser.parse_args()
     if given.scaling:

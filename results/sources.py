@@ -47,7 +47,8 @@ def by_alphas(cell: Cell) -> list[Tree]:
                      for alpha, ops in zip(cell.alpha[-2:], cell.ops[-2:]))
     pairs = sorted(itertools.product(unary, binary), key=lambda pair: -pair[0][0] - pair[1][0])
     return [Node(join, (standard, Node(op, ('x',), op.scalar) if op.code != 'a' else 'x'), join.scalar)
-            for (_, op), (_, join) in pairs if op.name not in ('const', 'scale') and join.code not in ('a', 'b')]
+            for (_, op), (_, join) in pairs
+            if op.name not in ('const', 'scale') and join.code not in ('a', 'b')]
 
 def by_curve(cell: Cell, space: Space) -> list[Tree]:
     seen = torch.from_numpy(np.interp(space.x, cell.grid[cell.bins].cpu(), cell.seen.mean(0).cpu()))
@@ -80,11 +81,13 @@ def union(cell: Cell, config: search.Config) -> list[Activation]:
         return list(found.values())[:count]
     default = gradient(cell, dataclasses.replace(config, candidates=100))
     chosen = {'gradient': [f for f in default if f.expression != own.expression][:count],
-              'alphas': usable(itertools.islice(by_alphas(cell), 60)), 'project': usable(by_curve(cell, space)),
+              'alphas': usable(itertools.islice(by_alphas(cell), 60)),
+              'project': usable(by_curve(cell, space)),
               'random': usable(itertools.islice(at_random(cell, config, space), 60))}
+    chosen['own'] = [own] if own.expression != cell.standard.expression else []
     names = {source: [f.expression for f in functions] for source, functions in chosen.items()}
-    Path(config.out, 'sources.json').write_text(json.dumps({'own': [own.expression], **names}, indent=1))
-    every = {f.expression: f for f in [own, *itertools.chain(*chosen.values())]}
+    Path(config.out, 'sources.json').write_text(json.dumps(names, indent=1))
+    every = {f.expression: f for f in itertools.chain(*chosen.values())}
     return [f.to(cell.grid.device) for f in every.values()]
 
 def run(model: str, seed: int) -> None:
@@ -94,21 +97,19 @@ def run(model: str, seed: int) -> None:
     if not (folder / 'activation.json').exists():
         search.main(['--resume', str(folder)] if (folder / 'checkpoint.pt').exists() else new)
     rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
-    losses = {row['tried']: row['loss'] for row in rows if 'tried' in row}
-    sources = json.loads((folder / 'sources.json').read_text())
-    proposed = set(itertools.chain(*sources.values()))
-    append(LEDGER, {'model': model, 'seed': seed, 'standard': [next((name, loss) for name, loss in losses.items()
-                                                                    if name not in proposed)],
-                    **{source: [(name, losses[name]) for name in names] for source, names in sources.items()}})
+    losses = {row['tried']: row['loss'] for row in rows if 'tried' in row}  # the standard was the first
+    sources = {'standard': list(losses)[:1], **json.loads((folder / 'sources.json').read_text())}
+    judged = {source: [(name, losses[name]) for name in names] for source, names in sources.items()}
+    append(LEDGER, {'model': model, 'seed': seed, **judged})
 
 def report(rows: list[dict]) -> str:
     """By network: the best of each source minus the standard, validation loss, and what the default finds."""
     text = []
     for model in dict.fromkeys(row['model'] for row in rows):
         mine = {row['seed']: row for row in rows if row['model'] == model}
-        best = {source: {seed: min(loss if loss is not None else 99 for _, loss in row[source] or [('', 99)])
+        best = {source: {seed: min(np.nan_to_num(loss, nan=99) for _, loss in row[source] or row['standard'])
                          for seed, row in mine.items()} for source in ('standard', 'own', *SOURCES)}
-        text += ['', f'| {model} | best minus standard | better of {len(mine)} | all proposals: mean, better |',
+        text += ['', f'| {model} | best minus standard | better of {len(mine)} | all: mean, better |',
                  '|---|---|---|---|']
         for source in ('own', *SOURCES):
             n, mean, half = compare(best[source], best['standard'])
@@ -118,7 +119,7 @@ def report(rows: list[dict]) -> str:
                         f'{sum(d < 0 for d in every)} of {len(every)} |')
         for seed, row in mine.items():
             name, loss = min(row['own'] + row['gradient'], key=lambda pair: pair[1])
-            text.append(f"seed {seed}: standard {best['standard'][seed]:.4f}, the default finds {name} {loss:.4f}")
+            text.append(f"seed {seed}: standard {best['standard'][seed]:.4f}, default {name} {loss:.4f}")
     return '\n'.join(text)
 
 if __name__ == '__main__':
