@@ -262,7 +262,7 @@ class Site(nn.Module):
         return cell.functions[self.index](x)
 
 @torch.no_grad()
-def blame(model: nn.Module, cell: Cell, x: Tensor) -> dict[str, Any]:
+def blame(model: nn.Module, cell: Cell, x: Any) -> dict[str, Any]:
     """Where numbers go wrong on the batch x, by one more forward pass; buffers and random state stay.
     site: the first whose output is not finite, else that with the largest; inputs: their range. op: the first
     operation that is not finite there, as 'U2:exp', else that with the largest output; size: of that output,
@@ -272,8 +272,10 @@ def blame(model: nn.Module, cell: Cell, x: Tensor) -> dict[str, Any]:
     sites, ops = [], []
     hooks = [module.register_forward_hook(lambda site, x, y: sites.append((size(y), site.index, x[0])))
              for module in model.modules() if isinstance(module, Site)]
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        torch.func.functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, (x,))
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    x = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    with torch.random.fork_rng([cell.grid.device] if cell.grid.is_cuda else []):
+        torch.func.functional_call(model, buffers, x)
     for hook in hooks:
         hook.remove()
     largest, site, inputs = max(sites, key=lambda entry: entry[0])  # the first of equals

@@ -31,9 +31,9 @@ from torch import Tensor
 
 import data
 from activation import NAMED, Activation, Tree, evaluate as values, named, nonlinearity
-from models import STANDARD, network, source_digest
+from models import STANDARD, network
 from ops import check_choice
-from plot import append, card, comparison, read_ledger, report
+from plot import append, card, comparison, pyplot, read_ledger, report
 from space import Space
 
 # ---- settings: a dataclass, a line a field; the command line is made from it ----
@@ -43,12 +43,12 @@ def option(default: Any, help: str = '', kind: Optional[Callable] = None, choice
     kind = kind or type(default)
     return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, choices=choices or None))
 
-def number(low: float, kind: type = int) -> Callable[[str], Any]:
-    """For `option`: text -> a number of that kind, from `low` to 1e12."""
+def number(low: float, kind: type = int, high: float = 1e12) -> Callable[[str], Any]:
+    """For `option`: text -> a number of that kind, from `low` to `high`."""
     def parse(text: str) -> Any:
-        if low <= (value := kind(text)) < 1e12:
+        if low <= (value := kind(text)) <= high:
             return value
-        raise argparse.ArgumentTypeError(f'{text} is out of range: from {low} up')
+        raise argparse.ArgumentTypeError(f'{text} is out of range: from {low} up to {high:g}')
     return parse
 
 @dataclasses.dataclass
@@ -140,6 +140,8 @@ def configure(kind: type[Training], presets: dict[str, dict], given: dict[str, A
     like = next(name for start, name in families.items() if model.startswith(start))
     like = like if not own else 'minigpt' if text else 'vit_tiny'
     config = kind(**{**PRESETS[preset][like], **presets[preset][like], **given})
+    if 'context' in given and not config.data.startswith('tinystories'):
+        raise ValueError(f'--context would be ignored: {config.data} is no text; leave the option out')
     if own and config.compile:
         raise ValueError(f'--compile --model {model}: only the networks that have names are compiled')
     if '.py:' in model:
@@ -198,9 +200,14 @@ def learning_rate(step: int, config: Training) -> float:
     tenths = 0.1 ** sum(step >= share * config.steps for share in config.lr_milestones)
     return config.lr * rise * tenths * cosine(step / config.steps, config.lr_end)
 
-def precision(config: Training, x: Tensor) -> contextlib.AbstractContextManager:
-    """Around a forward pass of x: --dtype."""
-    return torch.autocast(x.device.type, torch.bfloat16, config.dtype == 'bfloat16')
+def precision(config: Training) -> contextlib.AbstractContextManager:
+    """Around a forward pass: --dtype."""
+    half = config.dtype == 'bfloat16'
+    return torch.autocast(config.device.split(':')[0], torch.bfloat16) if half else contextlib.nullcontext()
+
+def call(model: Callable, x: Any) -> Any:
+    """The network's output; a tuple or list x is several inputs."""
+    return model(*x) if isinstance(x, (tuple, list)) else model(x)
 
 def average(tensors: Iterable[Tensor]) -> None:
     """Under torchrun: each becomes its mean over the ranks, the same bits on all of them. Alone: nothing."""
@@ -224,8 +231,8 @@ def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], 
             group['lr'] = learning_rate(step, config)
         for _ in range(config.accumulate):
             x, y = next(batches)
-            with precision(config, x):
-                batch_loss = loss(model(x), y) / config.accumulate
+            with precision(config):
+                batch_loss = loss(call(model, x), y) / config.accumulate
             batch_loss.backward()
             total += batch_loss.detach()
         average(p.grad for p in weights if p.grad is not None)
@@ -244,18 +251,21 @@ def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], 
 
 @torch.no_grad()
 def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
-    """Mean loss of the network as it stands; accuracy too where targets are classes. Those of the logits may
-    stand last, (n, time, classes), or second, (n, classes, height, width)."""
+    """Mean loss of the network as it stands; accuracy too where targets are classes: one that is none, as
+    -100, does not count. Classes stand last in logits for `cross_entropy`, (n, time, classes), else second,
+    as for the losses of PyTorch, or last where only that fits."""
     training, losses, hits, count = model.training, [], [], 0
     model.eval()
     for x, y in batches:
-        output, size = model(x), len(y) if isinstance(y, Tensor) else 1
+        output, size = call(model, x), len(y) if isinstance(y, Tensor) else 1
         losses.append(loss(output, y) * size)
         count += size
-        logits = isinstance(output, Tensor) and isinstance(y, Tensor) and output.dim() > 1
-        dims = [] if not logits or y.is_floating_point() else [1] if output.dim() > 3 else [-1, 1]
-        dims = [dim for dim in dims if output.shape[dim] > 1 and output.select(dim, 0).shape == y.shape]
-        hits += [(output.argmax(dim) == y).float().mean() * len(y) for dim in dims[:1]]
+        if isinstance(output, Tensor) and isinstance(y, Tensor) and output.dim() > 1:
+            dims = [-1] if loss is cross_entropy else [1, -1] if output.dim() < 4 else [1]
+            dims = [dim for dim in dims if output.shape[dim] > 1 and output.select(dim, 0).shape == y.shape]
+            for dim in dims[:not y.is_floating_point()]:
+                known = (y >= 0) & (y < output.shape[dim])
+                hits.append((output.argmax(dim) == y).sum() / known.sum().clamp(min=1) * size)
     model.train(training)
     result = torch.stack([torch.stack(values).sum() / count for values in (losses, hits) if values])
     average([result])  # each rank has its share of validation batches
@@ -306,14 +316,17 @@ def random_function(space: Space, seed: int) -> Tree:
 
 def resolve(text: str) -> tuple[str, Activation]:
     """A run folder, a known name, an expression, or random_0, random_1 ... from the search space."""
+    if text in NAMED and os.path.exists(f'{text}/activation.json'):
+        raise ValueError(f'{text} is a known function and a run folder: write ./{text}, or rename it')
     if text not in NAMED and (os.path.isdir(text) or text.endswith('.json')):
         path = Path(text, 'activation.json') if os.path.isdir(text) else Path(text)
         try:
             run = json.loads(path.read_bytes())
             name = path.absolute().parent.name if path.name == 'activation.json' else path.stem
             clip = run['config']['clip']
+            assert clip is None or 0 < clip < math.inf, f'clip is {clip}'
             return name, Activation(str(run['expression']), clip and float(clip))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, AssertionError) as error:
             raise ValueError(f'{path} is not from a finished search ({error!r}): name a run folder') from None
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return text, Activation(random_function(space_of(), int(match[1])))
@@ -352,8 +365,11 @@ def evaluate(activations: dict[str, Optional[Activation]], config: Training,
     machine, and checksums of network and data. Its name does not count.
     """
     dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
+    own = network(config, lambda call: call, dataset) if ':' in config.model else None
+    if own:
+        print(f'{config.model}: {own.describe()}')
     settings = {**vars(config), 'model': Path(config.model).name, 'lr_milestones': list(config.lr_milestones),
-                'source': source_digest(config.model), 'digest': dataset.digest}
+                'source': own.source if own else '', 'digest': dataset.digest}
     settings = {name: value for name, value in settings.items() if name not in ('data_dir', 'out', 'device')}
 
     def identity(row: dict[str, Any]) -> str:
@@ -407,8 +423,15 @@ def main(arguments: Optional[list[str]] = None) -> None:
         given = vars(parser.parse_args(arguments))
         if given['ops'] and not given['nearest']:
             raise ValueError('--ops is of --nearest alone: leave it out')
-        if given['report'] and (given['random'] or given['activations']):
-            raise ValueError('--report trains nothing: leave out --random and activations')
+        if sum(map(bool, map(given.get, ('card', 'nearest', 'report')))) > 1:
+            raise ValueError('--card, --nearest and --report: one at a time')
+        trains = given['random'] or given['activations']
+        if trains and (given['card'] or given['nearest'] or given['report']):
+            raise ValueError('--card, --nearest, --report train nothing: leave out --random and activations')
+        if given['plot']:
+            if given['card'] or given['nearest'] or not Path(given['plot']).absolute().parent.is_dir():
+                raise ValueError(f"--plot {given['plot']} draws a comparison, into a folder that exists")
+            pyplot()  # better to know now than after the trainings
         if given['card']:
             print(card(resolve(given['card'])[1]))
             return
@@ -425,7 +448,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 raise ValueError(f"no runs in {', '.join(given['report'])}: give the file of --out")
         else:
             config = configure(Training, PRESETS, given)
-            names = [name for name in given['baselines'].split(',') if name != 'none']
+            names = map(str.strip, given['baselines'].split(','))
+            names = [name for name in names if name not in ('', 'none')]
             names = [*given['activations'], *names, *(f'random_{k}' for k in range(given['random']))]
             own = ':' in config.model
             activations = {'own': None} if own else dict([resolve(STANDARD[config.model])])

@@ -6,6 +6,7 @@
 """
 import functools
 import hashlib
+import importlib
 import inspect
 import re
 import runpy
@@ -30,6 +31,7 @@ from ops import check_choice, did_you_mean
 Make = Callable[..., nn.Module]    # makes the module of one site
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 say_once = functools.cache(print)
+OURS = (__file__, check_choice.__code__.co_filename)
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut, activation last (He et al., arXiv 1512.03385, section 4.2)."""
@@ -212,6 +214,11 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
 
+class AsLookup(torch.autograd.Function):
+    """To autograd what a table is, so that what does not bear one, such as torch.vmap, shows in the probe."""
+    forward = staticmethod(lambda ctx, x: x.clone())
+    backward = staticmethod(lambda ctx, slope: slope)
+
 class Catch(TorchFunctionMode):
     """One forward pass of a `Replaced`: every activation call goes to its site, known by the modules around
     it and the number of calls before it there: so a pass may skip a block, or take a new branch."""
@@ -247,7 +254,11 @@ class Catch(TorchFunctionMode):
             return function(x, *rest, **kwargs)
         call = lambda v: function(v.clone() if in_place else v, *rest, **kwargs)
         site = owner.site(key, call)
-        y = call(x) if self.recording else site(x.clone() if in_place else x)
+        if self.recording:
+            owner.inputs.append((key, x, 0 if x.is_inference() else x._version))
+            y = AsLookup.apply(call(x))
+        else:
+            y = site(x.clone() if torch.is_grad_enabled() and (in_place or key in owner.changed) else x)
         return x.copy_(y) if in_place else y
 
 class Replaced(nn.Module):
@@ -258,12 +269,13 @@ class Replaced(nn.Module):
     Raises ValueError when there is no such activation, or one that is out of reach."""
     def __init__(self, model: nn.Module, make: Callable, example: Any, only: str | None = None):
         super().__init__()
-        self.kinds = [name.strip() for name in only.split(',')] if only else ACTIVATIONS
+        self.kinds = [*filter(None, map(str.strip, (only or '').split(',')))] or ACTIVATIONS
         for name in self.kinds:
             check_choice('activation in only', name, ACTIVATIONS + GATES)
         self.model, self.make, self.sites, self.index = model, make, nn.ModuleList(), {}
         self.names = {m: name for name, m in model.named_modules()}
         self.left, self.hidden = {}, []    # calls that are not replaced, and kernels out of reach
+        self.inputs, self.changed, self.source = [], set(), ''    # changed: calls whose input is, afterwards
         args, modes = example if isinstance(example, tuple) else (example,), [m.training for m in self.names]
         self.outputs = [self.probe(training, args) for training in (True, False)]
         for m, mode in zip(self.names, modes):
@@ -272,8 +284,8 @@ class Replaced(nn.Module):
             raise ValueError(f'in torch.jit or a fused operation, out of reach: {counted(self.hidden)}; '
                              f'call it from Python')
         if not self.sites:
-            raise ValueError(f"the network calls no activation to replace ({self.describe()}); name one of "
-                             f"{', '.join(GATES)} with only to replace it")
+            raise ValueError(f"the network calls no activation to replace ({self.describe()}); leave only "
+                             f"out, or name one of {', '.join(GATES)} there")
 
     def site(self, key: tuple, call: Callable[[Tensor], Tensor]) -> nn.Module:
         """The site of that call, made when it is new."""
@@ -296,9 +308,11 @@ class Replaced(nn.Module):
         with (torch.random.fork_rng(cuda), torch.set_grad_enabled(training), once, Kernels(),
               self.caught(recording=True)):
             output = torch.func.functional_call(self.model.train(training), buffers, inputs)
+            self.changed |= {key for key, x, version in self.inputs if training and x._version != version}
+            self.inputs.clear()
             if training and not self.hidden and getattr(output, 'requires_grad', False):    # backward, too
-                output.sum().backward()
-                self.model.zero_grad()
+                weights = [p for p in self.model.parameters() if p.requires_grad]
+                torch.autograd.grad(output.sum(), weights, allow_unused=True)
         return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
     @contextmanager
@@ -318,45 +332,63 @@ class Replaced(nn.Module):
         """'35 sites: 19 hardswish, 16 relu; left alone: 9 hardsigmoid'."""
         n = len(self.sites)
         left = f'; left alone: {counted(self.left.values())}' if self.left else ''
-        return f"{n} site{'s' * (n != 1)}: {counted(key[-2] for key in self.index)}{left}"
+        return f"{n} site{'s' * (n != 1)}: {counted(key[-2] for key in self.index)}".removesuffix(': ') + left
 
 replaced = Replaced
 
 # ---- the network that --model names ----
 
-def own_network(model: str) -> tuple[nn.Module, str]:
-    """What 'path/to/file.py:function' returns, and a checksum of that file and those beside it that it uses.
-    The file is run: it is the user's own code. A file beside it comes before ours of the same name."""
-    place, _, name = model.rpartition(':')
+READ: set[Path] = set()       # the files that were read since it was emptied
+FOLDERS: set[Path] = set()    # of the users' files; the last is on the path, for imports in forward
+PATH = list(sys.path)
+
+def note_reading(event: str, details: tuple) -> None:
+    if event == 'open' and isinstance(details[0], str) and 'r' in (details[1] or ''):
+        READ.add(Path(details[0]).absolute())
+
+sys.addaudithook(note_reading)
+
+def own_network(place: str) -> nn.Module:
+    """What 'path/to/file.py:function' returns. The file is run: it is the user's own code. A file beside it
+    comes before ours of the same name."""
+    place, _, name = place.rpartition(':')
     file, here = Path(place).expanduser().resolve(), Path(__file__).resolve().parent
     if not file.is_file():
         raise ValueError(f'there is no file {file}; write path/to/file.py:function')
     beside = {p.stem for p in file.parent.iterdir() if p.is_dir() or p.suffix == '.py'}
-    modules, path, sources = dict(sys.modules), list(sys.path), {str(file)}
-    for key in beside & {p.stem for p in here.glob('*.py')}:
-        sys.modules.pop(key, None)
+    path = [place for place in sys.path if place in PATH or Path(place) not in FOLDERS]
+    shared = beside & {p.stem for p in here.glob('*.py')}    # names of ours, too
+    ours = {key: module for key, module in sys.modules.items() if key in shared}
+    FOLDERS.add(file.parent)
+    READ.clear()
+    importlib.invalidate_caches()
+    for key, module in list(sys.modules.items()):    # what networks before have imported is read anew
+        if key in ours or FOLDERS & set(Path(getattr(module, '__file__', None) or '').resolve().parents):
+            del sys.modules[key]
     sys.path[:] = [str(file.parent), *(p for p in path if Path(p).resolve() != here)]
     try:
         functions = runpy.run_path(str(file))
         if not callable(functions.get(name)):
+            functions = [key for key, value in functions.items() if callable(value)]
             raise ValueError(f"there is no function '{name}' in it{did_you_mean(name, functions)}")
-        network = functions[name]()
+        if not isinstance(network := functions[name](), nn.Module):
+            raise ValueError(f'{name}() returned {type(network).__name__}, no network')
+        return network
     finally:
-        sys.path[:] = path + [str(file.parent)] * (str(file.parent) not in path)    # for imports in forward
-        for key, module in list(sys.modules.items()):
-            if key.split('.')[0] in beside and modules.get(key) is not module:    # to be read anew next time
-                sources.add(getattr(sys.modules.pop(key), '__file__', None) or str(file))
-        sys.modules.update(modules)
-    text = b''.join(Path(source).read_bytes() for source in sorted(sources))
-    shape = re.sub(' at 0x[0-9a-f]+', '', repr(network))    # what the files read from elsewhere shows here
-    return network, hashlib.sha256(text + shape.encode()).hexdigest()[:8]
+        sys.path[:] = path + [str(file.parent)] * (str(file.parent) not in path)
+        for key in [key for key in sys.modules if key.split('.')[0] in shared]:
+            del sys.modules[key]
+        sys.modules.update(ours)
 
-def source_digest(model: str) -> str:
-    """The checksum of the user's files, by which a ledger tells versions apart; '' for other networks."""
-    if model in MODELS or model.startswith('torchvision:'):
-        return ''
-    with torch.random.fork_rng([]):
-        return own_network(model)[1]
+def checksum(place: str, network: nn.Module) -> str:
+    """Of the user's file and all in its folder that was read for the network: it tells versions apart."""
+    file = Path(place.rpartition(':')[0]).expanduser().resolve()
+    read = {path.resolve() for path in READ if file.parent in path.resolve().parents}
+    read = {path.parents[1] / f"{path.name.split('.')[0]}.py" if path.suffix == '.pyc' else path
+            for path in read}
+    text = b''.join(path.read_bytes() for path in sorted({file, *read}) if path.is_file())
+    shape = re.sub(' at 0x[0-9a-f]+', '', repr(network))    # what was read elsewhere may show here
+    return hashlib.sha256(text + shape.encode()).hexdigest()[:8]
 
 def torchvision_network(model: str, dataset: Any) -> nn.Module:
     """'torchvision:name', a classification network, with new weights and the data set's classes."""
@@ -391,15 +423,16 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
     wanted = (*x.shape, n) if text else (len(x), n)
     try:
         torchvision = model.startswith('torchvision:')
-        other = torchvision_network(model, dataset) if torchvision else own_network(model)[0]
+        other = torchvision_network(model, dataset) if torchvision else own_network(model)
         other = replaced(other, make, x, config.only)
+        other.source = '' if torchvision else checksum(model, other.model)    # with what forward has read
         if other.outputs != [wanted, wanted]:
             raise ValueError(f'given {tuple(x.shape)}, it returns {other.outputs} in training and in '
                              f'eval mode; wanted: {wanted}')
     except (Exception, SystemExit) as error:
         users = [f'{Path(f.filename).name}, line {f.lineno}, '
                  for f in traceback.extract_tb(error.__traceback__)
-                 if f.filename != __file__ and not re.search('<|lib.python|site-packages', f.filename)]
+                 if f.filename not in OURS and not re.search('<|lib.python|site-packages', f.filename)]
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
         line = (str(error).splitlines() or [''])[0]
         raise ValueError(f"{what}: {''.join(users[-1:])}{kind}{line}") from error

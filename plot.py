@@ -17,7 +17,7 @@ from models import STANDARD
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # for all eyes
 STYLES = ('-', '--', '-.', ':')
-ROW = {'name', 'expression', 'clip', 'seed', 'diverged'}  # what every row of a ledger has, and settings
+ROW = {'expression', 'clip', 'curve'}  # what every row of a ledger has, and what tables show
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add a line of JSON in one write, so that processes may share the file; never behind a cut line."""
@@ -30,13 +30,18 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """The rows of a ledger. A line that is cut, or is no row, is skipped with a warning; no file: no rows."""
-    rows = []
-    for k, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    if path.exists() and not path.is_file():
+        raise ValueError(f'{path} is no ledger: give a file')
+    rows, content = [], path.read_bytes() if path.exists() else b''
+    if content.startswith((b'\xff\xfe', b'\xfe\xff')):
+        raise ValueError(f'{path} is a text in UTF-16: save it as UTF-8')
+    for k, line in enumerate(content.splitlines(), 1):
         try:
-            row = json.loads(line or b'{}')
-            whole = line and row['settings']['data'] and row.keys() >= ROW
-            rows += [row] if whole else []
-        except (ValueError, KeyError, TypeError, RecursionError):
+            if line:
+                row = json.loads(line)
+                report([row]), [row[key] for key in ROW]  # fails where something lacks
+                rows.append(row)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             print(f'warning: {path}, line {k} is cut or no row of a ledger; skipped', file=sys.stderr)
     return rows
 
@@ -130,14 +135,17 @@ def curve(f: Activation) -> tuple[list[float], list[float]]:
 def search(folder: Path) -> Path:
     """Draw search.png of a run from its log: the function over the steps, the losses, the weights."""
     plt, result, found = pyplot(), folder / 'activation.json', None
-    lines = (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith('}')]  # the last may be cut
-    config, steps = rows[0]['config'], [row for row in rows if 'weights' in row]
+    try:
+        lines = (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()
+        rows = [json.loads(line) for line in lines if line.endswith('}')]  # the last may be cut
+        config, steps = rows[0]['config'], [row for row in rows if 'weights' in row]
+        standard = Activation(rows[0].get('standard', 'relu(x)'), None)
+        if result.exists():
+            found = Activation(json.loads(result.read_text(encoding='utf-8'))['expression'], config['clip'])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f'{folder}: log.jsonl or activation.json is not that of a run ({error!r})') from None
     if not steps:
         raise ValueError(f'{folder}/log.jsonl holds no step yet; wait a little')
-    if result.exists():
-        found = Activation(json.loads(result.read_text(encoding='utf-8'))['expression'], config['clip'])
-    standard = Activation(rows[0].get('standard', 'relu(x)'), None)
     title = f"{Path(config['model']).name} on {config['data']}, seed {config['seed']}"
     title += f':  f(x) = {found.formula}' if found else f":  step {steps[-1]['step']} of {config['steps']}"
     figure = plt.figure(figsize=(12, 11), layout='constrained')

@@ -27,10 +27,10 @@ import data
 import plot
 from activation import NAMED, SHAPES, Activation, distance, formula, named, nonlinearity, write
 from cell import NORMALISERS, SAMPLERS, Cell, blame
-from evaluate import (Parser, Training, append, average, check_device, configure, cosine, cross_entropy,
+from evaluate import (Parser, Training, append, average, call, check_device, configure, cosine, cross_entropy,
                       is_first, learning_rate, number, one_line_errors, option, precision, score,
                       seed_everything, train, weight_optimizer)
-from models import STANDARD, network, replaced, source_digest, teacher_and_student
+from models import STANDARD, network, replaced, teacher_and_student
 from space import Match, Space
 
 Loss = Callable[[Tensor, Tensor], Tensor]    # (output, target) -> scalar
@@ -53,7 +53,7 @@ class Config(Training):
     sampler: str = option('softmax', 'dirichlet is DrNAS, softmax DARTS', choices=SAMPLERS)
     normalise: str = option('scale', "of each site's table: its gain, its mean (centre)", choices=NORMALISERS)
     arch_lr: float = option(0.03, 'learning rate of alphas and scalars (Adam)', number(0, float))
-    warmstart: float = option(0.15, 'share of the steps, with the standard activation', number(0, float))
+    warmstart: float = option(0.15, 'share of the steps, with the standard activation', number(0, float, 1))
     shrink: str = option('linear', 'pace of the drops: log has most early', choices=('linear', 'log', 'none'))
     discretise: str = option('gradient', 'what is tried: shrink, what is left of the cell; project, formulas '
                              'near its curve; gradient, those of best score',
@@ -110,12 +110,29 @@ PRESETS = {
 
 # ---- the search ----
 
+class Everything:
+    """Weights and all buffers of a network, also those that its own state_dict leaves out."""
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        tensors = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
+        return {name: tensor.detach().clone() for name, tensor in tensors}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, p in self.model.named_parameters():
+            p.copy_(state[name])
+        for name, buffer in list(self.model.named_buffers()):  # one may have grown
+            place, _, key = name.rpartition('.')
+            self.model.get_submodule(place)._buffers[key] = state[name].to(buffer.device, copy=True)
+
 def held(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The network for an architecture step, its weights as constants and its buffers as copies: a validation
     batch leaves no trace in gradients or running statistics, a leak that is easy to miss."""
     state = {name: p.detach() for name, p in model.named_parameters()}
     state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return lambda x: torch.func.functional_call(model, state, (x,))
+    return lambda *x: torch.func.functional_call(model, state, x)
 
 def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
     """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Whether they and the
@@ -151,7 +168,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     if not weights:
         raise ValueError('the network has no weight that learns: unfreeze some (requires_grad_)')
     score(model, repeatable(val_batches, 1)(), loss)  # what does not fit shows now, not after the descent
-    initial = copy.deepcopy(model.state_dict())
+    everything = Everything(model)
+    initial = everything.state_dict()
     if isinstance(model, replaced):  # the standard is its most frequent activation
         names = [key[-2] for key in model.index]
         name = max(names, key=names.count)
@@ -160,7 +178,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     weight_opt = weight_optimizer(weights, config)
     arch_opt = torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
     run = run or Run(config)
-    run.hold(model=model, cell=cell, weight_opt=weight_opt, arch_opt=arch_opt, train=train_batches,
+    run.hold(model=everything, cell=cell, weight_opt=weight_opt, arch_opt=arch_opt, train=train_batches,
              val=val_batches)
     all_operations, warmstart = sum(map(len, cell.ops)), config.at(config.warmstart)
     buffers = (b for b in model.buffers() if b.is_floating_point() and b.numel())
@@ -183,8 +201,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
                 cell.tabulate(standard=collect)
                 if not cell.learns:
                     break  # one operation a choice point is left, and no scalar
-                with precision(config, x):
-                    val_loss = loss(held(model)(x), y) / config.accumulate
+                with precision(config):
+                    val_loss = loss(call(held(model), x), y) / config.accumulate
                 parts.append(torch.autograd.grad(val_loss, [cell.values] if collect else architecture,
                                                  allow_unused=True, materialize_grads=True))
             if parts:
@@ -208,8 +226,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
             x, y = next(train_batches)
             with torch.no_grad():
                 cell.use_standard() if warm else cell.tabulate()
-            with precision(config, x):
-                train_loss = loss(model(x), y) / config.accumulate
+            with precision(config):
+                train_loss = loss(call(model, x), y) / config.accumulate
             train_loss.backward()
         gradients = [p.grad for p in weights if p.grad is not None]
         average([*gradients, train_loss.detach(), cell.seen, *running])
@@ -217,7 +235,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
             weight_opt.step()
         else:
             trouble = blame(model, cell, x) | {'skipped': 'weights'}
-            torch._foreach_copy_(running, before)
+            for b, old in zip(running, before):
+                b.copy_(old)
         weight_opt.zero_grad()
 
         # 3. Progressive shrinking: drop what the alphas like least, until each choice point has one left.
@@ -307,18 +326,19 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
         return functions[0], score(model, judge(), loss)
     trial = dataclasses.replace(config, steps=max(2, round(config.trial_steps * config.steps)))
     batches = repeatable(train_batches, trial.steps * config.accumulate)
-    start = initial if config.trials_from == 'scratch' else copy.deepcopy(model.state_dict())
+    everything = Everything(model)
+    start = initial if config.trials_from == 'scratch' else everything.state_dict()
     results, seen = run.state['results'], cell.seen.clone()
     for f in [cell.standard, *functions]:
         if f.expression not in results:
-            model.load_state_dict(start)
+            everything.load_state_dict(start)
             if f is cell.standard:
                 cell.use_standard()
             else:
                 cell.use(f if start is initial else in_its_place(f, cell))
             train(model, batches(), loss, trial)
             results[f.expression] = result = score(model, judge(), loss)
-            model.load_state_dict(start)  # what is saved now must propose the same functions again
+            everything.load_state_dict(start)  # what is saved now must propose the same functions again
             cell.seen.copy_(seen)
             run.log({'tried': f.expression, **result}, f"tried: loss {result['loss']:.4f}  {f.formula}")
             run.save()
@@ -345,6 +365,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(self.resumed['parts'][name])
             random.setstate(self.resumed['python'])
+            np.random.set_state(self.resumed['numpy'])
             torch.set_rng_state(self.resumed['torch'])
             torch.cuda.set_rng_state_all(self.resumed['cuda'])
         else:
@@ -357,10 +378,12 @@ class Run:
         if self.folder:
             self.saved, content = time.monotonic(), io.BytesIO()
             self.state['seconds'] = self.saved - self.started
+            kind, keys, *rest = np.random.get_state()
             self.state['log_size'] = (self.folder / 'log.jsonl').stat().st_size
             torch.save({'parts': {name: part.state_dict() for name, part in self.parts.items()},
                         'state': self.state, 'config': dataclasses.asdict(self.config),
-                        'python': random.getstate(), 'torch': torch.get_rng_state(),
+                        'python': random.getstate(), 'numpy': (kind, keys.tolist(), *rest),
+                        'torch': torch.get_rng_state(),
                         'cuda': torch.cuda.get_rng_state_all()}, content)
             write_whole(self.folder / 'checkpoint.pt', content.getbuffer())
 
@@ -413,7 +436,8 @@ class Run:
         note = f'Found by search.py: {config.model} on {config.data}, seed {config.seed}.'
         write_whole(folder / 'found.py', f.float().module(note).encode())
         write_whole(folder / 'activation.json', json.dumps(result, indent=1).encode())
-        command = ['python', os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py'), str(folder)]
+        place = str(folder) if folder.parts[1:] else f'./{folder}'  # a name alone may be that of a function
+        command = ['python', os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py'), place]
         names = ['model', 'preset', 'data', 'data_dir', 'side', 'only']
         for name in names + ['tokens', 'context'] * config.data.startswith('tinystories'):
             if (value := str(getattr(config, name))) not in ('', '0', 'quick', 'teacher', 'bytes'):
@@ -457,7 +481,7 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
     else:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
         model, loss = network(config, cell.site, dataset), cross_entropy
-        config.digest = dataset.digest + source_digest(config.model)
+        config.digest = dataset.digest + getattr(model, 'source', '')
         batches = [data.Batches(dataset, part, config.batch_size, seed, seed % 2 == 0, config.context,
                                 config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
     return model.to(config.device), cell.to(config.device), *batches, loss
@@ -467,7 +491,8 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
     try:
         checkpoint = torch.load(folder / 'checkpoint.pt', map_location='cpu', weights_only=True)
         config = Config(**{**checkpoint['config'], 'out': str(folder)})
-        assert {'parts', 'state', 'python', 'torch', 'cuda'} <= checkpoint.keys() and config.data
+        assert {'parts', 'python', 'numpy', 'torch', 'cuda'} <= checkpoint.keys() and config.data
+        int(checkpoint['state']['log_size'])
     except Exception as error:  # torch.load raises a dozen kinds on files that are something else
         raise ValueError(f'--resume {folder}: no checkpoint of a run ({type(error).__name__})') from None
     for name in vars(config).keys() & given.keys() - {'out', 'data_dir', 'device'}:
@@ -486,6 +511,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_settings(Config, PRESETS)
     with one_line_errors(lambda: f'go on with --resume {folder}' if folder else 'nothing was written'):
         given = vars(parser.parse_args(arguments))
+        if given['plot'] and given['resume']:
+            raise ValueError('--plot and --resume: one at a time')
         if given['plot']:
             print(plot.search(Path(given['plot'])))
             return
@@ -514,13 +541,18 @@ def main(arguments: Optional[list[str]] = None) -> None:
         if checkpoint and config.digest != digest:
             raise ValueError(f'--resume {config.out}: data or network are not those of the run: give them '
                              f'back, or start a new run')
-        print(f'{config.model} with {cell.sites} sites on {config.data}: {config.steps} steps; '
-              f'run folder {config.out}', flush=True)
+        sites = model.describe() if isinstance(model, replaced) else f'{cell.sites} sites'
+        print(f'{config.model} with {sites} on {config.data}: {config.steps} steps; run folder {config.out}',
+              flush=True)
         Path(config.out).mkdir(parents=True, exist_ok=True)
         with open(Path(config.out, 'log.jsonl'), 'ab') as file:
             if is_first():
                 lock(file)
-                file.truncate(checkpoint['state']['log_size'] if checkpoint else 0)  # what came after it
+                size = checkpoint['state']['log_size'] if checkpoint else 0
+                if file.seek(0, os.SEEK_END) < size:
+                    print(f'note: {file.name} has been cut, rows are lost', file=sys.stderr)
+                    checkpoint['state']['log_size'] = size = 0
+                file.truncate(size)  # what came after it
             folder = Path(config.out)
             run = Run(config, folder if is_first() else None, checkpoint)
             found, validation = search(model, cell, train_batches, val_batches, loss, config, run)

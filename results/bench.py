@@ -74,7 +74,7 @@ class Setting:
 
     def plain_step(self) -> None:
         x, y = next(self.train)
-        with precision(self.config, x):
+        with precision(self.config):
             loss = cross_entropy(self.model(x), y)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)

@@ -102,17 +102,24 @@ BINARY = torch.tensor([[5.0], [-5.0]])
     (HOT.movedim(2, 1)[:, :, :, None], [[[0], [1], [2], [2]], [[2], [1], [1], [0]]], 0.75),
     (HOT[:, :, None].expand(2, 4, 4, 4).movedim(3, 1), [[[0] * 4, [1] * 4, [2] * 4, [2] * 4]] * 2, 0.625),
     (BINARY, [[1.0], [0.0]], None), (BINARY, [[1], [0]], None), (BINARY, [1, 0], None),
-    (BINARY[:, 0], [1.0, 2.0], None), (HOT[0], [[1, 0, 1, 0]] * 4, None)])
+    (BINARY[:, 0], [1.0, 2.0], None), (HOT[0], [[1, 0, 1, 0]] * 4, None),
+    (HOT[0], [0, 1, -100, 255], 1.0), (HOT[:, :2], [[0, 0], [-1, 2]], 1 / 3)])
 def test_accuracy_where_it_has_a_meaning(logits, target, accuracy):
     """(n, classes), (n, time, classes), and segmentation (n, classes, height, width), also with as many
     classes as rows; not for binary logits, regression, several labels. The loss is the mean by batch size."""
     target, n = torch.tensor(target), len(target)
     result = score(nn.Identity(), [(logits, target)], lambda output, y: output.sum())
-    assert result.get('accuracy') == accuracy
+    assert result.get('accuracy') == (accuracy and pytest.approx(accuracy))
     batches = [(logits, target), (logits[:1], target[:1])]
     result = score(nn.Identity(), batches, lambda output, y: torch.tensor(float(len(y))))
     assert result['loss'] == pytest.approx((n * n + 1) / (n + 1)) and result.keys() <= {'loss', 'accuracy'}
     assert score(nn.Identity(), [({'a': 1}, {'b': 2})], lambda *_: torch.ones(())) == {'loss': 1.0}
+
+def test_classes_stand_where_the_loss_has_them():
+    """(6, 3, 3) logits could be read both ways."""
+    x, y = torch.randn(6, 3, 3), torch.randint(3, (6, 3))
+    for loss, dim in (cross_entropy, 2), (F.cross_entropy, 1):
+        assert score(nn.Identity(), [(x, y)], loss)['accuracy'] == (x.argmax(dim) == y).float().mean()
 
 # ---- runs ----
 
@@ -162,7 +169,7 @@ def test_the_ledger_neither_repeats_nor_loses(run, capsys):
     cifar_folder(Path('data'), seed=1)
     assert run('silu', '--data-dir', 'moved') == before and len(run('silu')) == 8
     lines = Path('ledger').read_bytes().splitlines()
-    other = b'{"seed": 0, "settings": {"model": "toy"}}'
+    other = lines[0].replace(b'"test_loss": ', b'"test_loss": "x", "no": ')
     lines = [b'\xef\xbb\xbf' + lines[0], b'', *lines[1:7], other, lines[7][:-50]]
     Path('ledger').write_bytes(b'\r\n'.join(lines))
     capsys.readouterr()
@@ -205,9 +212,13 @@ def test_names(tmp_path, monkeypatch, capsys):
     assert [f.expression for f in drawn[:4]] == [f.expression for f in drawn[4:]]
     assert len({f.expression for f in drawn}) == 4 and min(map(nonlinearity, drawn)) > 0
     Path('empty').mkdir()
-    for name, text in ('cut', '{"expression": "relu(x'), ('deep', '[' * 99_999), ('lacks', '{}'):
+    for name, text in ('cut', '{"expression": "relu(x'), ('deep', '[' * 99_999), ('lacks', '{}'), \
+            ('bad', json.dumps({**content, 'config': {'clip': -3}})):
         Path(f'{name}.json').write_text(text)
-    for text in 'gulu', 'mul(x, y)', 'no/run', 'empty', 'cut.json', 'deep.json', 'lacks.json', '', 'random_x':
+    Path('my run').rename('mish')  # a known name, too
+    assert resolve('./mish')[1].clip == 5.0
+    wrong = 'cut.json deep.json lacks.json bad.json mish gulu no/run empty random_x'.split()
+    for text in [*wrong, 'mul(x, y)', '']:
         refused([text, '--model', 'toy', '--steps', '2'], capsys, main=evaluate.main)
     assert not Path('results.jsonl').exists()
 

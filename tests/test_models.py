@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import models
-from models import MODELS, STANDARD, network, replaced, source_digest, teacher_and_student
+from models import MODELS, STANDARD, network, replaced, teacher_and_student
 
 def checksum(model):
     x = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
@@ -113,6 +113,14 @@ def test_every_kind_of_call_is_a_site_and_the_original_call_changes_nothing(name
     zero = replaced(model, lambda call: torch.zeros_like, x).eval()
     assert torch.equal(zero(x), zero(-x))    # nothing passes but through sites
 
+@pytest.mark.parametrize('write', [lambda h: h.add_(torch.tanh(F.relu(h))), lambda h: F.relu(h) * h.mul_(2)])
+def test_an_input_that_is_written_into_later(write):
+    """ReLU keeps its result for backward, but the function in its place may keep its input. FAULTS 12."""
+    model, x = Net(lambda h: write(1 * h)), torch.randn(5, 6)
+    other = replaced(model, lambda call: lambda v: v * torch.sigmoid(v), x)
+    other(x).sum().backward()
+    assert len(other.changed) == len(other.sites) == 1
+
 class Branches(nn.ModuleList):
     """One more call in eval, and the first layers skipped on demand."""
     def forward(self, x, skip=0):
@@ -151,9 +159,12 @@ RELU, SIGMOID = nn.ReLU(inplace=True), nn.Sigmoid()
     ([RELU, SIGMOID], 'relu, sigmoid', '^2 sites: 1 relu, 1 sigmoid$'),
     ([RELU, nn.RNN(6, 6, nonlinearity='relu')], None, '^1 site: 1 relu; left alone: 1 rnn_relu$'),
     ([Net(lambda x: F.gelu(checkpoint(F.relu, x, use_reentrant=True)))], None,
+     'incompatible with .grad'),
+    ([Net(lambda x: F.gelu(torch.no_grad()(F.relu)(x)))], None,
      '^1 site: 1 gelu; left alone: 1 relu without gradient$'),
     ([Net(lambda x: F.gelu(checkpoint(F.relu, x, use_reentrant=False)))], None, 'checkpoint.* out of reach'),
     ([Net(lambda x: F.relu(torch._addmm_activation(x[0], x, torch.eye(6))))], None, 'reach: 2 addmm_act'),
+    ([Net(torch.vmap(F.relu))], None, 'autograd.Function'), ([RELU], 'gelu', 'sites; left .*leave only out'),
     (['torch.jit', RELU], None, 'out of reach: 2 relu'), ([RELU], 'rleu', 'did you mean relu'),
     ([SIGMOID], None, 'calls no activation .*left alone: 1 sigmoid')])
 def test_what_is_left_alone_and_what_is_refused(layers, only, words):
@@ -212,6 +223,7 @@ OWN = 'import torch.nn as nn\nclass Own(nn.Flatten):\n    def forward(self, x):\
     ('own.py:make', 'import nothing', "own.py, line 1, ModuleNotFoundError: No module named 'nothing'"),
     ('own.py:make', 'raise SystemExit(3)', 'SystemExit'),
     ('own.py:make', 'def mike(): pass', "no function 'make' in it .did you mean mike"),
+    ('own.py:make', 'make = dict', r'make\(\) returned dict, no network'),
     ('own.py:Own', OWN + 'x.relu().mean((2, 3)) if self.training else None',
      r"given \(2, 3, 32, 32\), it returns ..2, 3., 'NoneType'. in .*wanted: \(2, 5\)"),
     ('own.py:Own', OWN + 'x.relu() @ x[0, 0, 0, :2]', 'own.py, line 4, RuntimeError')])
@@ -227,8 +239,14 @@ NEIGHBOURS = {
     'models/small.py': 'import torch.nn as nn\ndef small():\n    return nn.LeakyReLU(0.2)\n',
     'models/__init__.py': 'from models.small import small as small_one\n',
     'data.py': 'CLASSES = 5\n',
-    'my nets.py': 'import torch.nn as nn\nfrom models.small import small\ndef make():\n    import data\n'
-                  '    return nn.Sequential(nn.Flatten(), small(), nn.Linear(3072, data.CLASSES))\n'}
+    'my nets.py': 'import torch.nn as nn\nfrom models.small import small\n'
+                  'class Net(nn.Sequential):\n    def forward(self, x):\n        import late_one\n'
+                  '        return late_one.scale * super().forward(x)\n'
+                  'def make():\n    import data, json, pathlib\n'
+                  '    scale = json.loads((pathlib.Path(__file__).parent / "scale.json").read_text())\n'
+                  '    return Net(nn.Flatten(), small(), nn.Linear(3072, data.CLASSES),\n'
+                  '               nn.Softplus(scale))\n',
+    'late_one.py': 'scale = 2.0\n', 'scale.json': '1.5'}
 
 @pytest.mark.parametrize('package', [True, False])
 def test_own_file_sees_its_neighbours(package, tmp_path):
@@ -238,14 +256,17 @@ def test_own_file_sees_its_neighbours(package, tmp_path):
         if package or '__init__' not in name:
             (tmp_path / name).write_text(source)
     place = f'{tmp_path}/my nets.py:make'
-    model, digest = network(config(place), same, images()), source_digest(place)
+    model = network(config(place), same, images())
     assert model.sites[0](torch.tensor([-1.0])).item() == pytest.approx(-0.2)
     import data
     assert hasattr(data, 'load') and __import__('models') is models
     (tmp_path / 'unrelated.py').write_text('x = 1')
-    assert len(digest) == 8 and source_digest(place) == digest and source_digest('resnet20') == ''
-    (tmp_path / 'data.py').write_text('CLASSES = 60\n')
-    assert network(config(place), same, images(classes=60)) and source_digest(place) != digest
+    assert len(model.source) == 8 and network(config(place), same, images()).source == model.source
+    for name, *new in ('late_one.py', '2.0', '9'), ('scale.json', '1.5', '2'), ('data.py', '5', '60'):
+        (tmp_path / name).write_text(NEIGHBOURS[name].replace(*new))
+        other = network(config(place), same, images(classes=60 if name == 'data.py' else 5))
+        assert other.source != model.source
+        model = other
 
 @pytest.mark.parametrize('name, described', [
     ('resnet18', '17 sites: 17 relu'), ('mobilenet_v2', '35 sites: 35 relu6'),

@@ -29,6 +29,9 @@ def test_picture_of_a_search(tmp_path, capsys):
     assert size(plot.search(tmp_path)) == (1200, 1100) and picture.read_bytes() != finished
     (tmp_path / 'log.jsonl').write_bytes(log[0])
     assert 'no step yet' in refused(['--plot', tmp_path], capsys)
+    for damaged in b'', b'{5}', b'[1]', b'{"a": 1}', b'\xff\xfe{}':
+        (tmp_path / 'log.jsonl').write_bytes(damaged)
+        assert f'{tmp_path}: log.jsonl' in refused(['--plot', tmp_path], capsys)
 
 def test_comparison(tmp_path, monkeypatch, capsys):
     """From a ledger, also where runs diverged: a '-' and no dot. One line says how to get matplotlib."""
@@ -40,6 +43,14 @@ def test_comparison(tmp_path, monkeypatch, capsys):
     assert size(picture) == (1500, 460) and words == ['bad', '2', '-', '-', '-', '0/0', '-', '-', '2', '2']
     own = [{**row, 'expression': 'own'} for row in rows('own', 0.5)]
     assert size(plot.comparison(own, picture)) == size(plot.comparison(bad, picture)) == (1500, 460)
+    row = json.dumps(rows('relu', 0.5)[0])
+    changes = ('"lr": 0.1', '"lr": "x"'), ('"seed": 0', '"seed": [1]'), ('"name"', '"nome"'), ('e', 'é')
+    for old, new in changes:
+        ledger.write_bytes(row.replace(old, new).encode('utf-16' if new == 'é' else 'utf-8'))
+        with pytest.raises(SystemExit):
+            evaluate.main(['--report', str(ledger)])
+        assert ('save it as UTF-8' if new == 'é' else 'line 1 is cut') in capsys.readouterr().err
+    ledger.write_text(row)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     for main, *options in (search.main, tmp_path), (evaluate.main, 'p', '--report', ledger):
         assert 'pip install matplotlib' in refused(['--plot', *options], capsys, main=main)

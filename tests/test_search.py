@@ -27,9 +27,20 @@ from search import Config, operations_left
 ROOT, OPS = Path(search.__file__).resolve().parent, 'identity,tanh,scale,relu,add,mul,mix'
 SMALL = f'--model toy --device cpu --ops {OPS} --batch-size 16 --candidates 2'.split()
 NETS = '''
-import random, torch.nn as nn
+import numpy, random, torch, torch.nn as nn
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(8), persistent=False)
+        self.register_buffer('last', torch.zeros(1, 8), persistent=False)
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.last = torch.cat([self.last[-50:], x.detach()[:1]])
+            x = x * numpy.random.rand()
+        return x - self.mean
 def images():
-    return nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2),
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), Noisy(),
                          nn.Linear(8, 8), nn.GELU(), nn.Dropout(random.random() / 2), nn.Linear(8, 10))
 '''
 
@@ -153,6 +164,20 @@ def test_any_network_by_a_call(monkeypatch):
     _, scores = search.search(network, cell, images(1), images(2), cross_entropy, config)
     assert plain[:6] == [True, True, False, False, False, True] and not any(plain[6:])
     assert scores.keys() == {'loss', 'accuracy', 'standard_loss'}
+
+def test_several_inputs_and_no_buffer():
+    """Batches ((x, z), y) for a network of two inputs, the third not finite: it is skipped."""
+    class Two(nn.Bilinear):
+        def forward(self, x, z):
+            return torch.relu(super().forward(x, z))
+    def batches(seed, bad=None):
+        return (([x, x + k], y) for k, (x, y) in enumerate(images(seed, bad=(bad,), shape=(8, 4))))
+    cell, troubles = Cell(OPS), []
+    network = replaced(Two(4, 4, 10), cell.site, tuple(next(batches(0))[0]))
+    run = search.Run(config := Config(steps=6, warmstart=0.5, ops=OPS, candidates=1))
+    run.after = lambda step, a, b, dropped, trouble: troubles.append(trouble and trouble['skipped'])
+    _, scores = search.search(network, cell, batches(1, 2), batches(2), cross_entropy, config, run)
+    assert troubles == [None, None, 'weights', None, None, None] and scores['loss'] < 99
 
 def test_numbers_that_stay_infinite(tmp_path, capsys):
     """20 skipped steps end the search with the site, the operation, and what to try."""
@@ -283,7 +308,8 @@ for name, options, kills in json.loads(sys.argv[2]):
 def test_killed_at_any_moment(tmp_path, monkeypatch):
     """kill -9 between two writes, for real: in warm start, descent, trials, a checkpoint, twice in a row,
     between the results. Result and log are those of a search never killed, bit for bit: batch statistics,
-    dropout, momentum, histograms, samples, temperature, and Python's own random numbers in the network."""
+    dropout, momentum, histograms, samples, temperature, random numbers of Python and NumPy, and buffers that
+    grow or that no state_dict has."""
     monkeypatch.chdir(tmp_path)
     Path('nets.py').write_text(NETS)
     toy = [*SMALL, *'--steps 8 --sampler dirichlet --candidates 3'.split()]
@@ -302,6 +328,14 @@ def test_killed_at_any_moment(tmp_path, monkeypatch):
         results = [json.loads(Path(name, 'activation.json').read_text()) for name in (folder, whole)]
         assert results[0] | {'seconds': 0, 'config': 0} == results[1] | {'seconds': 0, 'config': 0}, folder
         assert log(folder)[1:] == log(whole)[1:], folder
+
+def test_a_log_that_was_cut(tmp_path, capsys):
+    """Or deleted: it is said, and the log begins anew with the settings."""
+    run(tmp_path, '--steps', '4')
+    (tmp_path / 'activation.json').unlink()
+    (tmp_path / 'log.jsonl').write_bytes(b'{"con')
+    search.main(['--resume', str(tmp_path)])
+    assert 'log.jsonl has been cut' in capsys.readouterr().err and log(tmp_path)[0]['standard'] == 'abs(x)'
 
 def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
     """Own network, own data, relative paths. Ended by Ctrl-C, gone on with in another folder, ended by a full
@@ -353,10 +387,18 @@ WRONG = [line.strip().split(' => ') for line in '''
     search --model toy --teacher const(0.5) => is a constant
     search --model resnet20 --teacher silu => --teacher
     search --model toy --data cifar10_16 --teacher silu => --teacher
+    search --model resnet20 --context 17 => --context would be ignored
+    search --warmstart 30 => from 0 up to 1
+    search --plot a --resume b => one at a time
     search --resume nowhere => nowhere
     search --stpes 3 => --stpes
     evaluate --baselines relu,gulu => did you mean gelu
     evaluate --seeds 5:3 => --seeds
+    evaluate --model nowhere.py:make => there is no file
+    evaluate --card relu --nearest mish => one at a time
+    evaluate --card relu silu => train nothing
+    evaluate --plot nowhere/a.png => a folder that exists
+    evaluate --model toy --out /dev/null => is no ledger
     evaluate --model toy --out . => .'''.strip().splitlines()]
 
 @pytest.mark.parametrize('line, word', WRONG)
