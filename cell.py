@@ -99,6 +99,7 @@ class Cell(nn.Module):
         self.ops = tuple(select(ops)[len(inputs) - 1] for _, *inputs in SHAPES[shape])  # unary or binary ones
         self.alpha = nn.ParameterList(torch.empty(len(ops)) for ops in self.ops)
         self.scalars = nn.ParameterList(torch.empty(len(ops)) for ops in self.ops)
+        self.free, self.freed = nn.Parameter(torch.zeros(97)), False  # see `tabulate`
         self.temperature = 1.0  # of the softmax sampler: towards 0 all weight goes to the highest alpha
         self.standard, self.standards, self.sites, self.limit = named(standard), [], 0, limit
         self.reset()
@@ -178,6 +179,7 @@ class Cell(nn.Module):
     def tabulate(self, weights: Optional[list[Tensor]] = None, standard: bool = False) -> None:
         """Make `values`, (sites, points) or (1, points) for all: from now on the sites look their inputs up.
         Gradients flow from `values` to alphas and scalars, except under no_grad. weights: None draws them.
+        Where `freed`, the curve `free` is added, which learns what the operations cannot draw (ours).
         standard: the sites' standard activations, as a (sites, points) leaf whose gradient is dL/df."""
         with torch.autocast(self.grid.device.type, enabled=False):
             if standard:
@@ -185,6 +187,9 @@ class Cell(nn.Module):
             else:
                 values = self.evaluate(self.grid, weights or self.sample())
                 values = values if self.normalise == 'none' else self.normalised(values)
+                if self.freed:
+                    values = values + F.interpolate(self.free[None, None], len(self.grid), mode='linear',
+                                                    align_corners=True)[0]
         tables = zip(*(t.expand(self.sites, -1).unbind() for t in (values, lines(values, self.limit))))
         self.functions = [lambda x, t=t: Lookup.apply(*t, self.limit, x.to(t[0])).to(x) for t in tables]
         self.values, self.learns = values, values.requires_grad  # False for a discrete cell without scalars

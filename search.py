@@ -64,6 +64,7 @@ class Config(Training):
     warm_alphas: bool = option(False)     # whether the alphas learn during the warm start already
     shrink_from: float = option(0.3)      # the first drop
     shrink_until: float = option(0.92)    # the last drop
+    free_from: float = option(1.0)        # from here on the curve is free of the operations (project)
     temperature: float = option(0.1)      # of the softmax at shrink_until; 1 in the warm start
     start: float = option(0.5)            # weight of the standard when the cell takes over (softmax)
     trust: float = option(0.8)            # largest relative distance to the standard of a proposal, and
@@ -85,7 +86,7 @@ PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log'
 TEACHER = dict(data='teacher', teacher='mul(sigmoid(x), x)', batch_size=256, weight_decay=0.0)
 TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.15,
            start=0.95, shrink='none', normalise='centre', temperature=1.0, discretise='project',
-           trial_steps=0.15, trials_from='trained')
+           free_from=0.7, trial_steps=0.15, trials_from='trained')
 RESNET = dict(lr_end=0.1, trust=0.5, lengths=(2,), around=False)
 PRESETS = {
     'quick': {
@@ -190,6 +191,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         collect = warm and config.discretise == 'gradient'
         cooled = (step - warmstart) / max(config.at(config.shrink_until) - warmstart, 1)
         cell.temperature = config.temperature ** min(max(cooled, 0.0), 1.0)
+        cell.freed = config.discretise == 'project' and step >= config.free_from * config.steps
         arch_opt.param_groups[0]['lr'] = config.arch_lr * cosine(step / config.steps, config.arch_lr_end)
 
         # 1. Architecture step: alphas and scalars, on validation batches. The weights are constants.
@@ -216,7 +218,6 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
                     for p, gradient in zip(architecture, gradients):
                         p.grad = gradient
                     arch_opt.step()
-                    arch_opt.zero_grad()
 
         # 2. Weight step: the weights, on training batches. No graph leads from the tables to the alphas.
         for group in weight_opt.param_groups:
@@ -246,7 +247,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         # 4. Log and checkpoint.
         run.after(step + 1, train_loss, val_loss, dropped, trouble)
 
-    cell.temperature = config.temperature  # a run resumed after its last step has not set it
+    cell.temperature = config.temperature  # a run resumed after its last step has not set them
+    cell.freed = config.discretise == 'project' and config.free_from < 1
     return candidates(model, cell, initial, train_batches, val_batches, loss, config, run)
 
 def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
@@ -287,7 +289,10 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
         space = Space(config.ops, config.clip, config.cell)
     if config.discretise == 'project':
         seen = torch.from_numpy(np.interp(space.x, cell.grid[cell.bins].cpu(), cell.seen.mean(0).cpu()))
-        front, best = space.nearest(cell.curve(space.x), seen, config.candidates)
+        with torch.no_grad():
+            cell.tabulate(cell.sample(noise=False))
+        curve = torch.from_numpy(np.interp(space.x, cell.grid.cpu(), cell.values.mean(0).cpu()))
+        front, best = space.nearest(curve, seen, config.candidates)
         trees = [match.tree for match in front[::-1] + best]
     elif config.candidates and config.discretise == 'gradient':
         matches = sorted(steepest(space, cell, config.trust), key=lambda match: match.score)
