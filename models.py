@@ -363,7 +363,8 @@ def own_network(place: str) -> nn.Module:
     READ.clear()
     importlib.invalidate_caches()
     for key, module in list(sys.modules.items()):    # what networks before have imported is read anew
-        if key in ours or FOLDERS & set(Path(getattr(module, '__file__', None) or '').resolve().parents):
+        theirs = FOLDERS & set(Path(getattr(module, '__file__', None) or '').resolve().parents)
+        if key in ours or theirs and key.split('.')[0] in beside:
             del sys.modules[key]
     sys.path[:] = [str(file.parent), *(p for p in path if Path(p).resolve() != here)]
     try:
@@ -381,9 +382,11 @@ def own_network(place: str) -> nn.Module:
         sys.modules.update(ours)
 
 def checksum(place: str, network: nn.Module) -> str:
-    """Of the user's file and all in its folder that was read for the network: it tells versions apart."""
+    """Of the user's file and all in its folder that was read for the network: it tells versions apart.
+    What is installed there does not count: it is read once a process."""
     file = Path(place.rpartition(':')[0]).expanduser().resolve()
-    read = {path.resolve() for path in READ if file.parent in path.resolve().parents}
+    read = {path.resolve() for path in READ if 'site-packages' not in path.parts}
+    read = {path for path in read if file.parent in path.parents and Path(sys.prefix) not in path.parents}
     read = {path.parents[1] / f"{path.name.split('.')[0]}.py" if path.suffix == '.pyc' else path
             for path in read}
     text = b''.join(path.read_bytes() for path in sorted({file, *read}) if path.is_file())

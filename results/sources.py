@@ -115,7 +115,8 @@ def report(rows: list[dict]) -> str:
             n, mean, half = compare(best[source], best['standard'])
             every = [loss - best['standard'][seed] for seed, row in mine.items() for _, loss in row[source]]
             wins = sum(best[source][seed] < best['standard'][seed] for seed in mine)
-            text.append(f'| {source} | {mean:+.4f} +- {half:.4f} | {wins} | {statistics.fmean(every):+.4f}, '
+            average = statistics.fmean(every or [np.nan])
+            text.append(f'| {source} | {mean:+.4f} +- {half:.4f} | {wins} | {average:+.4f}, '
                         f'{sum(d < 0 for d in every)} of {len(every)} |')
         for seed, row in mine.items():
             name, loss = min(row['own'] + row['gradient'], key=lambda pair: pair[1])

@@ -249,14 +249,21 @@ NEIGHBOURS = {
     'late_one.py': 'scale = 2.0\n', 'scale.json': '1.5'}
 
 @pytest.mark.parametrize('package', [True, False])
-def test_own_file_sees_its_neighbours(package, tmp_path):
+def test_own_file_sees_its_neighbours(package, tmp_path, monkeypatch):
     """`models` and `data` beside the file are the user's, ours stay ours, changes count. FAULTS 6, 8, 9."""
     (tmp_path / 'models').mkdir()
     for name, source in NEIGHBOURS.items():
         if package or '__init__' not in name:
             (tmp_path / name).write_text(source)
+    library = tmp_path / '.venv/site-packages'
+    library.mkdir(parents=True)
+    (library / f'installed{package}.py').write_text('x = 1\n')
+    monkeypatch.syspath_prepend(library)
+    with open(tmp_path / 'my nets.py', 'a') as file:
+        file.write(f'import installed{package}\n')
     place = f'{tmp_path}/my nets.py:make'
     model = network(config(place), same, images())
+    installed = __import__(f'installed{package}')
     assert model.sites[0](torch.tensor([-1.0])).item() == pytest.approx(-0.2)
     import data
     assert hasattr(data, 'load') and __import__('models') is models
@@ -267,6 +274,7 @@ def test_own_file_sees_its_neighbours(package, tmp_path):
         other = network(config(place), same, images(classes=60 if name == 'data.py' else 5))
         assert other.source != model.source
         model = other
+    assert __import__(f'installed{package}') is installed    # in a .venv beside the file
 
 @pytest.mark.parametrize('name, described', [
     ('resnet18', '17 sites: 17 relu'), ('mobilenet_v2', '35 sites: 35 relu6'),
