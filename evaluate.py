@@ -200,10 +200,10 @@ def learning_rate(step: int, config: Training) -> float:
     tenths = 0.1 ** sum(step >= share * config.steps for share in config.lr_milestones)
     return config.lr * rise * tenths * cosine(step / config.steps, config.lr_end)
 
-def precision(config: Training) -> contextlib.AbstractContextManager:
-    """Around a forward pass: --dtype."""
-    half = config.dtype == 'bfloat16'
-    return torch.autocast(config.device.split(':')[0], torch.bfloat16) if half else contextlib.nullcontext()
+def precision(config: Training, model: nn.Module) -> contextlib.AbstractContextManager:
+    """Around a forward pass of the model: --dtype."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, config.dtype == 'bfloat16')
 
 def call(model: Callable, x: Any) -> Any:
     """The network's output; a tuple or list x is several inputs."""
@@ -231,7 +231,7 @@ def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], 
             group['lr'] = learning_rate(step, config)
         for _ in range(config.accumulate):
             x, y = next(batches)
-            with precision(config):
+            with precision(config, model):
                 batch_loss = loss(call(model, x), y) / config.accumulate
             batch_loss.backward()
             total += batch_loss.detach()

@@ -343,7 +343,7 @@ FOLDERS: set[Path] = set()    # of the users' files; the last is on the path, fo
 PATH = list(sys.path)
 
 def note_reading(event: str, details: tuple) -> None:
-    if event == 'open' and isinstance(details[0], str) and 'r' in (details[1] or ''):
+    if event == 'open' and isinstance(details[0], str) and 'r' in (details[1] or '') and len(READ) < 9999:
         READ.add(Path(details[0]).absolute())
 
 sys.addaudithook(note_reading)

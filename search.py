@@ -203,7 +203,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
                 cell.tabulate(standard=collect)
                 if not cell.learns:
                     break  # one operation a choice point is left, and no scalar
-                with precision(config):
+                with precision(config, model):
                     val_loss = loss(call(held(model), x), y) / config.accumulate
                 parts.append(torch.autograd.grad(val_loss, [cell.values] if collect else architecture,
                                                  allow_unused=True, materialize_grads=True))
@@ -227,7 +227,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
             x, y = next(train_batches)
             with torch.no_grad():
                 cell.use_standard() if warm else cell.tabulate()
-            with precision(config):
+            with precision(config, model):
                 train_loss = loss(call(model, x), y) / config.accumulate
             train_loss.backward()
         gradients = [p.grad for p in weights if p.grad is not None]

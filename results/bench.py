@@ -74,7 +74,7 @@ class Setting:
 
     def plain_step(self) -> None:
         x, y = next(self.train)
-        with precision(self.config):
+        with precision(self.config, self.model):
             loss = cross_entropy(self.model(x), y)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
