@@ -231,6 +231,17 @@ def test_tables_of_the_standard_activations():
         gradient, = torch.autograd.grad(site(grid)[7], cell.values)
         assert gradient[k].sum() == 1 and gradient[1 - k].count_nonzero() == 0
 
+def test_the_free_curve():
+    """It is added where it is set free, linear between its 97 points; its gradient is a hat around each."""
+    cell, (site,) = random_cell()
+    cell.free.data[48], x, y = 1.0, torch.tensor([0.0, 0.125, 0.25, 1.0]), []
+    for cell.freed in (False, True):
+        cell.tabulate()
+        y.append(site(x))
+    torch.testing.assert_close(y[1] - y[0], torch.tensor([1.0, 0.5, 0.0, 0.0]), atol=5e-3, rtol=0)
+    gradient, = torch.autograd.grad(y[1][1], cell.free)
+    torch.testing.assert_close(gradient[47:51], torch.tensor([0.0, 0.5, 0.5, 0.0]), atol=0.02, rtol=0)
+
 def test_sites_hold_no_architecture_and_the_state_comes_back():
     """A network's parameters are its weights. Alphas, drops and histograms survive torch.save without pickled
     classes."""

@@ -237,6 +237,13 @@ def test_a_planted_function_is_found(teacher, tmp_path):
     both = torch.stack([Activation(result['expression'])(x), Activation(teacher)(x)])
     assert torch.corrcoef(both)[0, 1] ** 2 > 0.999 and result['distance'] < 0.02
 
+@pytest.mark.slow
+@pytest.mark.parametrize('teacher', ['sub(tanh(mul(x, exp(x))), erf(x))', 'mul(tanh(softplus(x)), x)'])
+def test_what_is_hard_to_find_is_found(teacher, tmp_path):
+    """A function that falls needs a warm start that leaves its direction open; Mish, a curve that is free."""
+    search.main(['--model', 'toy', '--device', 'cpu', '--teacher', teacher, '--out', str(tmp_path)])
+    assert json.loads((tmp_path / 'activation.json').read_text())['distance'] < 0.01
+
 @pytest.mark.parametrize('options', [
     '--model resnet20', '--model vit_tiny', '--model minigpt --context 12', '--model toy --method paper',
     '--model minigpt --preset paper --data tinystories_sample --tokens bytes --context 12',
