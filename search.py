@@ -530,6 +530,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
             if given.keys() & ({'data_dir', 'side', 'only', 'context'} if planted else {'teacher'}):
                 raise ValueError('--teacher makes the data of --model toy: leave out --data, --data-dir, '
                                  '--side, --context and --only')
+            if 'trial_steps' in given and not config.candidates:
+                raise ValueError('--trial-steps would be ignored: --candidates is 0; raise it')
             config.teacher = config.teacher if planted else ''
             if planted and math.isnan(nonlinearity(named(config.teacher))):
                 raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')

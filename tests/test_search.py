@@ -396,6 +396,7 @@ WRONG = [line.strip().split(' => ') for line in '''
     search --model toy --data cifar10_16 --teacher silu => --teacher
     search --model resnet20 --context 17 => --context would be ignored
     search --warmstart 30 => from 0 up to 1
+    search --candidates 0 --trial-steps 3 => would be ignored
     search --plot a --resume b => one at a time
     search --resume nowhere => nowhere
     search --stpes 3 => --stpes
