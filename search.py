@@ -324,6 +324,7 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
     large weight in the mixture does not mean that an operation works alone."""
     functions, judge = proposals(cell, config), repeatable(val_batches, config.judge)
     if not config.candidates:
+        cell.freed = False  # the free curve is no part of the function
         while cell.operations() > len(cell.choices):
             cell.drop()
         with torch.no_grad():

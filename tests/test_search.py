@@ -195,12 +195,13 @@ def test_pace_of_the_shrinking_by_hand(settings, left):
     assert {step: operations_left(step, config, 110, 6) for step in left} == left
 
 @pytest.mark.parametrize('shrink', ['linear', 'log'])
-@pytest.mark.parametrize('steps', [2, 3, 7, 20])
-def test_shrinking_ends_for_any_number_of_steps(steps, shrink):
+@pytest.mark.parametrize('steps, discretise', [(2, 'shrink'), (3, 'shrink'), (7, 'shrink'), (20, 'project')])
+def test_shrinking_ends_for_any_number_of_steps(steps, discretise, shrink):
     """One operation a choice point in the last step; so it is in the loop, and this discrete cell, with its
     learned scalars, is what is scored."""
     ops, kept = 'scale,bias,tanh,add,mix', list(itertools.islice(images(2), 50))
-    config = Config(steps=steps, shrink=shrink, candidates=0, discretise='shrink', ops=ops, judge=3, lr=0.01)
+    config = Config(steps=steps, shrink=shrink, candidates=0, discretise=discretise, free_from=0.3, ops=ops,
+                    judge=3, lr=0.01)
     cell = Cell(ops, points=1025, sampler='mean')
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), cell.site())
     found, scores = search.search(model, cell, images(1), iter(kept), cross_entropy, config)
