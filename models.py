@@ -310,9 +310,9 @@ class Replaced(nn.Module):
             output = torch.func.functional_call(self.model.train(training), buffers, inputs)
             self.changed |= {key for key, x, version in self.inputs if training and x._version != version}
             self.inputs.clear()
-            if training and not self.hidden and getattr(output, 'requires_grad', False):    # backward, too
-                weights = [p for p in self.model.parameters() if p.requires_grad]
-                torch.autograd.grad(output.sum(), weights, allow_unused=True)
+            weights = [p for p in self.model.parameters() if p.requires_grad]
+            if training and weights and not self.hidden and getattr(output, 'requires_grad', False):
+                torch.autograd.grad(output.sum(), weights, allow_unused=True)    # backward, too
         return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
     @contextmanager
@@ -338,7 +338,7 @@ replaced = Replaced
 
 # ---- the network that --model names ----
 
-READ: set[Path] = set()       # the files that were read since it was emptied
+READ: set[Path] = set()       # files that Python has opened to read, noted by a hook for its audit events
 FOLDERS: set[Path] = set()    # of the users' files; the last is on the path, for imports in forward
 PATH = list(sys.path)
 
