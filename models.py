@@ -6,16 +6,14 @@
 """
 import functools
 import hashlib
-import importlib
 import inspect
 import re
 import runpy
 import sys
 import traceback
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable
 
 import torch
 import torch.nn as nn
@@ -23,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ops import check_choice, did_you_mean
@@ -31,7 +29,6 @@ from ops import check_choice, did_you_mean
 Make = Callable[..., nn.Module]    # makes the module of one site
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 say_once = functools.cache(print)
-OURS = (__file__, check_choice.__code__.co_filename)
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut, activation last (He et al., arXiv 1512.03385, section 4.2)."""
@@ -190,78 +187,22 @@ def teacher_and_student(planted: Make, searched: Make, inputs: int = 16, hidden:
     student.first = teacher.first
     return teacher.eval().requires_grad_(False), student
 
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of (batch, classes) or (batch, time, vocabulary) logits."""
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
 # ---- any other network ----
 
 ACTIVATIONS = ('relu', 'relu6', 'hardtanh', 'gelu', 'silu', 'leaky_relu', 'elu', 'selu', 'celu', 'hardswish',
                'mish', 'softplus', 'softsign', 'threshold', 'hardshrink', 'softshrink', 'tanhshrink')
 GATES = ('sigmoid', 'tanh', 'hardsigmoid', 'clamp', 'clamp_min')    # sites only where `only` names them
-OTHERS = ('prelu', 'rrelu', 'glu', 'softmax', 'lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'rnn_relu_cell')
-KNOWN = {*ACTIVATIONS, *GATES, *OTHERS}
+KNOWN = {*ACTIVATIONS, *GATES, *'prelu rrelu glu softmax lstm gru rnn_tanh rnn_relu rnn_relu_cell'.split()}
 FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')    # with something else
-
-@functools.cache    # asked at every call of torch
-def called(function: Callable) -> tuple[str, bool, bool]:
-    """Name of a function of torch; whether it is a known one, called by Python; whether it works in place."""
-    name = getattr(function, '__name__', '').split('.')[0]    # 'relu', 'relu_', '_threshold'
-    overload = isinstance(function, torch._ops.OpOverload)    # as Kernels calls it
-    return name.strip('_'), name.strip('_') in KNOWN and not overload, name.endswith('_')
 
 def counted(names: Iterable[str]) -> str:
     return ', '.join(f'{count} {name}' for name, count in Counter(names).most_common())
 
-class Kernels(TorchDispatchMode):
-    """Hands kernels to the `Catch`: an activation that came by no call (torch.jit, C++) is out of reach."""
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-class AsLookup(torch.autograd.Function):
-    """To autograd what a table is, so that what does not bear one, such as torch.vmap, shows in the probe."""
-    forward = staticmethod(lambda ctx, x: x.clone())
-    backward = staticmethod(lambda ctx, slope: slope)
-
-class Catch(TorchFunctionMode):
-    """One forward pass of a `Replaced`: every activation call goes to its site, known by the modules around
-    it and the number of calls before it there: so a pass may skip a block, or take a new branch."""
-    def __init__(self, owner: 'Replaced', recording: bool):
-        super().__init__()
-        self.owner, self.recording, self.path, self.count = owner, recording, [], Counter()
-
-    def enter(self, module: nn.Module, _: Any) -> None:    # the name of one made in `forward` is its class
-        self.path.append(self.owner.names.get(module, type(module).__name__))
-
-    def leave(self, *_: Any) -> None:
-        self.path.pop()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        owner, kwargs = self.owner, dict(kwargs or {})
-        name, known, in_place = called(function)
-        if not known:
-            if self.recording and (name in owner.kinds or name not in KNOWN and FUSED.match(name)):
-                owner.hidden.append(name)
-            return function(*args, **kwargs)
-        if name == 'hardtanh' and (kwargs.get('min_val'), kwargs.get('max_val')) == (0, 6):
-            name = 'relu6'    # nn.ReLU6 arrives like this
-        place = (*self.path, name)
-        key = (*place, self.count[place])
-        self.count[place] += 1
-        x, *rest = args or [kwargs.pop('input')]
-        in_place = in_place or kwargs.get('inplace', False)
-        taken = name in owner.kinds and x.is_floating_point()
-        frozen = owner.model.training and not torch.is_grad_enabled()    # or inside a torch.autograd.Function
-        if self.recording and (frozen or not taken):
-            owner.left.setdefault(key, name + ' without gradient' * taken)
-        if not taken or key in owner.left:
-            return function(x, *rest, **kwargs)
-        call = lambda v: function(v.clone() if in_place else v, *rest, **kwargs)
-        site = owner.site(key, call)
-        if self.recording:
-            owner.inputs.append((key, x, 0 if x.is_inference() else x._version))
-            y = AsLookup.apply(call(x))
-        else:
-            y = site(x.clone() if torch.is_grad_enabled() and (in_place or key in owner.changed) else x)
-        return x.copy_(y) if in_place else y
-
-class Replaced(nn.Module):
+class replaced(nn.Module, TorchFunctionMode):
     """Any network, untouched, with a site in the place of every activation that it calls, module or function.
     make:    takes the original call, a function of one tensor, and returns the module or function of its site
     example: an input, or a tuple of them; the calls are recorded with it, in training and in eval mode
@@ -269,127 +210,131 @@ class Replaced(nn.Module):
     Raises ValueError when there is no such activation, or one that is out of reach."""
     def __init__(self, model: nn.Module, make: Callable, example: Any, only: str | None = None):
         super().__init__()
-        self.kinds = [*filter(None, map(str.strip, (only or '').split(',')))] or ACTIVATIONS
+        self.kinds = re.findall(r'[^\s,]+', only or '') or ACTIVATIONS
         for name in self.kinds:
             check_choice('activation in only', name, ACTIVATIONS + GATES)
-        self.model, self.make, self.sites, self.index = model, make, nn.ModuleList(), {}
+        self.model, self.make, self.sites, self.source = model, make, nn.ModuleList(), ''
+        self.index, self.left, self.hidden = {}, {}, []    # calls with a site, without one, out of reach
         self.names = {m: name for name, m in model.named_modules()}
-        self.left, self.hidden = {}, []    # calls that are not replaced, and kernels out of reach
-        self.inputs, self.changed, self.source = [], set(), ''    # changed: calls whose input is, afterwards
         args, modes = example if isinstance(example, tuple) else (example,), [m.training for m in self.names]
+        self.recording = True
         self.outputs = [self.probe(training, args) for training in (True, False)]
+        self.recording = False
         for m, mode in zip(self.names, modes):
             m.training = mode
-        if self.hidden:
-            raise ValueError(f'in torch.jit or a fused operation, out of reach: {counted(self.hidden)}; '
-                             f'call it from Python')
-        if not self.sites:
+        if not self.index:
             raise ValueError(f"the network calls no activation to replace ({self.describe()}); leave only "
                              f"out, or name one of {', '.join(GATES)} there")
 
-    def site(self, key: tuple, call: Callable[[Tensor], Tensor]) -> nn.Module:
-        """The site of that call, made when it is new."""
-        if key not in self.index:
-            site, device = self.make(call), next((p.device for p in self.model.parameters()), None)
-            if not isinstance(site, nn.Module):
-                function, site = site, nn.Module()
-                site.forward = function
-            self.index[key] = len(self.sites)
-            self.sites.append(site.to(device).train(self.training))
-        return self.sites[self.index[key]]
-
     def probe(self, training: bool, args: tuple) -> tuple[int, ...] | str:
         """Record the calls. Returns the shape or type of the output. Buffers and random numbers stay."""
-        buffers = {key: b.clone() for key, b in self.model.named_buffers()}
-        inputs = tree_map_only(Tensor, Tensor.clone, args)
+        buffers = {key: b.clone() for key, b in self.named_buffers()}
+        weights = [p for p in self.model.parameters() if p.requires_grad]
         cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
         once = torch.autograd.graph.disable_saved_tensors_hooks(    # in backward nobody catches it
             'torch.utils.checkpoint calls activations twice, out of reach: switch it off')
-        with (torch.random.fork_rng(cuda), torch.set_grad_enabled(training), once, Kernels(),
-              self.caught(recording=True)):
-            output = torch.func.functional_call(self.model.train(training), buffers, inputs)
-            self.changed |= {key for key, x, version in self.inputs if training and x._version != version}
-            self.inputs.clear()
-            weights = [p for p in self.model.parameters() if p.requires_grad]
-            if training and weights and not self.hidden and getattr(output, 'requires_grad', False):
+        self.model.train(training)
+        # BaseTorchDispatchMode calls kernels as Python functions: those of torch.jit and C++ are seen, too
+        with torch.random.fork_rng(cuda), torch.set_grad_enabled(training), once, BaseTorchDispatchMode():
+            output = torch.func.functional_call(self, buffers, tree_map_only(Tensor, Tensor.clone, args))
+            if self.hidden:
+                raise ValueError(f'out of reach: {counted(self.hidden)}, in torch.jit, torch.vmap or a fused '
+                                 f'operation; call it from Python')
+            if weights and getattr(output, 'requires_grad', False):
                 torch.autograd.grad(output.sum(), weights, allow_unused=True)    # backward, too
         return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
-    @contextmanager
-    def caught(self, recording: bool = False) -> Iterator[None]:
-        """Catches all calls. Meanwhile torch.compile does nothing, and PyTorch leaves the fast path of its
-        attention layers, which has an activation of its own, by itself."""
-        catch = Catch(self, recording)
-        with (register_module_forward_pre_hook(catch.enter), torch.compiler.set_stance('force_eager'),
-              register_module_forward_hook(catch.leave, always_call=True), catch):
-            yield
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.caught():
+        """A pass of the network that catches all calls. Meanwhile torch.compile does nothing, and by itself
+        PyTorch leaves the fast path of its attention layers, which has an activation of its own."""
+        self.path, self.count = [], Counter()
+        enter = lambda m, _: self.path.append(self.names.get(m, type(m).__name__))    # made in `forward`
+        leave = lambda *_: self.path.__delitem__(-1)    # a hook returns None, or another output
+        with (register_module_forward_pre_hook(enter), torch.compiler.set_stance('force_eager'),
+              register_module_forward_hook(leave, always_call=True), self):
             return self.model(*args, **kwargs)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Every activation call goes to its site, known by the modules around it and the number of calls
+        before it there: so a pass may skip a block, or take a new branch."""
+        kwargs, text = dict(kwargs or {}), getattr(function, '__name__', '').split('.')[0]
+        name = text.strip('_')    # of 'relu', 'relu_', '_threshold'
+        # out of reach: kernels that came by no call, and calls inside of torch.vmap, which bears no table
+        outside = isinstance(function, torch._ops.OpOverload) or torch._C._functorch.peek_interpreter_stack()
+        if name not in KNOWN or outside:
+            if self.recording and (name in self.kinds or name not in KNOWN and FUSED.match(name)):
+                self.hidden.append(name)
+            return function(*args, **kwargs)
+        if name == 'hardtanh' and (kwargs.get('min_val'), kwargs.get('max_val')) == (0, 6):
+            name = 'relu6'    # nn.ReLU6 arrives like this
+        place = (*self.path, name)
+        key = (*place, self.count[place])
+        self.count[place] += 1
+        x, *rest = args or [kwargs.pop('input')]
+        in_place = text.endswith('_') or kwargs.get('inplace', False)
+        taken = name in self.kinds and x.is_floating_point()
+        frozen = self.model.training and not torch.is_grad_enabled()    # or inside a torch.autograd.Function
+        if self.recording and (frozen or not taken):
+            self.left.setdefault(key, name + ' without gradient' * taken)
+        if not taken or key in self.left:
+            return function(x, *rest, **kwargs)
+        call = lambda v: function(v.clone() if in_place else v, *rest, **kwargs)
+        if key not in self.index:
+            self.index[key] = self.make(call)
+            if isinstance(self.index[key], nn.Module):
+                self.sites.append(self.index[key].to(x.device).train(self.training))
+        # the network may write into x later, and what stands here may need it for its gradient
+        v = x.clone() if torch.is_grad_enabled() else x
+        y = call(v) if self.recording else self.index[key](v)
+        return x.copy_(y) if in_place else y
 
     def describe(self) -> str:
         """'35 sites: 19 hardswish, 16 relu; left alone: 9 hardsigmoid'."""
-        n = len(self.sites)
+        n = len(self.index)
         left = f'; left alone: {counted(self.left.values())}' if self.left else ''
         return f"{n} site{'s' * (n != 1)}: {counted(key[-2] for key in self.index)}".removesuffix(': ') + left
 
-replaced = Replaced
-
 # ---- the network that --model names ----
 
-READ: set[Path] = set()       # files that Python has opened to read, noted by a hook for its audit events
-FOLDERS: set[Path] = set()    # of the users' files; the last is on the path, for imports in forward
-PATH = list(sys.path)
+OWN: list[Path] = []       # the user's file, from when it is run until its network has been probed,
+READ: set[Path] = set()    # and what Python has opened to read in the meantime
+FOREIGN = re.compile('|'.join(['<', 'site-packages', *map(re.escape, (    # files that are not the user's
+    str(Path(runpy.__file__).parent), __file__, check_choice.__code__.co_filename))]))
 
+@sys.addaudithook
 def note_reading(event: str, details: tuple) -> None:
-    if event == 'open' and isinstance(details[0], str) and 'r' in (details[1] or '') and len(READ) < 9999:
-        READ.add(Path(details[0]).absolute())
-
-sys.addaudithook(note_reading)
+    if event == 'open' and OWN and isinstance(details[0], str) and 'r' in (details[1] or ''):
+        READ.add(Path(re.sub(r'__pycache__.([^.]+).*pyc$', r'\1.py', details[0])).resolve())
 
 def own_network(place: str) -> nn.Module:
     """What 'path/to/file.py:function' returns. The file is run: it is the user's own code. A file beside it
     comes before ours of the same name."""
     place, _, name = place.rpartition(':')
-    file, here = Path(place).expanduser().resolve(), Path(__file__).resolve().parent
+    file, here, path = Path(place).resolve(), Path(__file__).resolve().parent, list(sys.path)
     if not file.is_file():
         raise ValueError(f'there is no file {file}; write path/to/file.py:function')
-    beside = {p.stem for p in file.parent.iterdir() if p.is_dir() or p.suffix == '.py'}
-    path = [place for place in sys.path if place in PATH or Path(place) not in FOLDERS]
-    shared = beside & {p.stem for p in here.glob('*.py')}    # names of ours, too
-    ours = {key: module for key, module in sys.modules.items() if key in shared}
-    FOLDERS.add(file.parent)
-    READ.clear()
-    importlib.invalidate_caches()
-    for key, module in list(sys.modules.items()):    # what networks before have imported is read anew
-        theirs = FOLDERS & set(Path(getattr(module, '__file__', None) or '').resolve().parents)
-        if key in ours or theirs and key.split('.')[0] in beside:
-            del sys.modules[key]
+    shared = {p.stem for p in here.glob('*.py')} & {p.name.removesuffix('.py') for p in file.parent.iterdir()}
+    ours = {key: sys.modules.pop(key) for key in shared & sys.modules.keys()}
     sys.path[:] = [str(file.parent), *(p for p in path if Path(p).resolve() != here)]
+    OWN[:] = [file]
     try:
         functions = runpy.run_path(str(file))
         if not callable(functions.get(name)):
-            functions = [key for key, value in functions.items() if callable(value)]
             raise ValueError(f"there is no function '{name}' in it{did_you_mean(name, functions)}")
         if not isinstance(network := functions[name](), nn.Module):
             raise ValueError(f'{name}() returned {type(network).__name__}, no network')
         return network
     finally:
-        sys.path[:] = path + [str(file.parent)] * (str(file.parent) not in path)
+        sys.path[:] = dict.fromkeys([*path, str(file.parent)])    # for imports in forward
         for key in [key for key in sys.modules if key.split('.')[0] in shared]:
             del sys.modules[key]
         sys.modules.update(ours)
 
-def checksum(place: str, network: nn.Module) -> str:
-    """Of the user's file and all in its folder that was read for the network: it tells versions apart.
-    What is installed there does not count: it is read once a process."""
-    file = Path(place.rpartition(':')[0]).expanduser().resolve()
-    read = {path.resolve() for path in READ if 'site-packages' not in path.parts}
-    read = {path for path in read if file.parent in path.parents and Path(sys.prefix) not in path.parents}
-    read = {path.parents[1] / f"{path.name.split('.')[0]}.py" if path.suffix == '.pyc' else path
-            for path in read}
-    text = b''.join(path.read_bytes() for path in sorted({file, *read}) if path.is_file())
+def checksum(network: nn.Module) -> str:
+    """Of the user's file and all in its folder that was read for the network: it tells versions apart."""
+    file = OWN.pop()
+    text = b''.join(path.read_bytes() for path in sorted({file, *READ})
+                    if file.parent in path.parents and path.is_file() and not FOREIGN.search(str(path)))
     shape = re.sub(' at 0x[0-9a-f]+', '', repr(network))    # what was read elsewhere may show here
     return hashlib.sha256(text + shape.encode()).hexdigest()[:8]
 
@@ -421,22 +366,20 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
             torch._dynamo.config.cache_size_limit = 64    # as many blocks of one class get code of their own
             ours.compile()
         return ours
-    size = config.batch_size    # that of the training: a network may fail at another
+    size, torchvision = config.batch_size, model.startswith('torchvision:')
+    # a batch as in the training: a network may fail at another
     x = dataset.train[:config.context].long().repeat(size, 1) if text else dataset.train[0][:size] / 255.0
     wanted = (*x.shape, n) if text else (len(x), n)
     try:
-        torchvision = model.startswith('torchvision:')
         other = torchvision_network(model, dataset) if torchvision else own_network(model)
         other = replaced(other, make, x, config.only)
-        other.source = '' if torchvision else checksum(model, other.model)    # with what forward has read
+        other.source = '' if torchvision else checksum(other.model)
         if other.outputs != [wanted, wanted]:
             raise ValueError(f'given {tuple(x.shape)}, it returns {other.outputs} in training and in '
                              f'eval mode; wanted: {wanted}')
+        return other
     except (Exception, SystemExit) as error:
-        users = [f'{Path(f.filename).name}, line {f.lineno}, '
-                 for f in traceback.extract_tb(error.__traceback__)
-                 if f.filename not in OURS and not re.search('<|lib.python|site-packages', f.filename)]
+        users = [f for f in traceback.extract_tb(error.__traceback__) if not FOREIGN.search(f.filename)]
+        where = ''.join(f'{Path(f.filename).name}, line {f.lineno}, ' for f in users[-1:])
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
-        line = (str(error).splitlines() or [''])[0]
-        raise ValueError(f"{what}: {''.join(users[-1:])}{kind}{line}") from error
-    return other
+        raise ValueError(f'{what}: {where}{kind}' + str(error).partition('\n')[0]) from error
