@@ -107,12 +107,6 @@ def formula(tree: Tree, clip: Clip) -> str:
     result = fold(tree, 'x', text).replace(' ** ', '^').replace('--', '')
     return result.replace(' - -', ' + ').replace(' + -', ' - ')
 
-def latex(tree: Tree, clip: Clip) -> str:
-    """The formula for LaTeX's mathematics mode (amsmath)."""
-    from sympy import Function, latex, sympify  # torch brings it; it takes a second to load
-    own = {name: Function(name) for name in ('max', 'min')}  # Python's would compare
-    return latex(sympify(formula(tree, clip).replace('^', '**').replace('_', ''), own, evaluate=False))
-
 # Two functions are equal when their values are. POINTS: dense at -1, 0 and 1; PROBES: to find candidates.
 NEAR = 10 ** torch.linspace(-12, 4, 273).double()
 POINTS = torch.cat([torch.linspace(-9, 9.01, 901), *(c + s * NEAR for c in (-1, 0, 1) for s in (-1, 1))])
@@ -162,7 +156,6 @@ class Activation(nn.Module):
     """A function; its scalars are parameters. Activation(f.expression, f.clip) is the same, bit for bit."""
     expression = property(lambda self: write(self.valued))
     formula = property(lambda self: formula(self.valued, self.clip))
-    latex = property(lambda self: latex(self.valued, self.clip))
     extra_repr = expression.fget
 
     def __init__(self, expression: Tree, clip: Clip = CLIP):
@@ -218,8 +211,7 @@ import torch.nn.functional as F
 @torch.fx.wrap  # one step for torch.fx
 def found(x: torch.Tensor, p: list[torch.Tensor]) -> torch.Tensor:
     y = x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
-{lines}    y = {result}
-    return y.to(x.dtype) if x.is_floating_point() else y
+{lines}    return {result}.to(x.dtype if x.is_floating_point() else y.dtype)
 
 class Found(nn.Module):
     def __init__(self) -> None:

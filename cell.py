@@ -2,8 +2,7 @@
 
 The paper's cell (figure 2) has six choice points: b0 = B0(U0(x), U1(x)); f = B1(U2(b0), U3(x)). The alphas
 weigh the operations; gradient descent learns them. For given weights the cell is a function of ONE number. So
-`Cell.tabulate` evaluates it on a grid, and the millions of activations of a network are looked up there.
-"""
+`Cell.tabulate` evaluates it on a grid, and the millions of activations of a network are looked up there."""
 import math
 from typing import Any, Callable, Iterator, Optional
 
@@ -20,9 +19,9 @@ POINTS, LIMIT = 8193, 12.0
 PIECE = 1 << 18  # elements that a CPU looks up at a time: what one operation writes, the next finds in cache
 INDEX = torch.empty(PIECE, dtype=torch.int64)  # for all of them: fresh memory costs more than the arithmetic
 
-def uniform_grid(points: int = POINTS, limit: float = LIMIT) -> Tensor:
-    """(points,) from -limit to limit, symmetric."""
-    return (torch.arange(points) - (points - 1) / 2) * (2 * limit / (points - 1))
+def uniform_grid(points: int = POINTS) -> Tensor:
+    """(points,) from -LIMIT to LIMIT, symmetric."""
+    return (torch.arange(points) - (points - 1) / 2) * (2 * LIMIT / (points - 1))
 
 @torch.no_grad()
 def lines(values: Tensor, limit: float = LIMIT) -> Tensor:
@@ -89,8 +88,7 @@ class Cell(nn.Module):
         under the site's inputs: gain, which else outweighs shape, earns nothing; 'centre': and mean 0."""
 
     def __init__(self, ops: str = 'base', clip: Optional[float] = CLIP, sampler: str = 'dirichlet',
-                 standard: str = 'relu', normalise: str = 'none', shape: str = 'paper',
-                 points: int = POINTS, limit: float = LIMIT):
+                 standard: str = 'relu', normalise: str = 'none', shape: str = 'paper', points: int = POINTS):
         super().__init__()
         check_choice('sampler', sampler, SAMPLERS)
         check_choice('normalise', normalise, NORMALISERS)
@@ -101,15 +99,15 @@ class Cell(nn.Module):
         self.scalars = nn.ParameterList(torch.empty(len(ops)) for ops in self.ops)
         self.free, self.freed = nn.Parameter(torch.zeros(97)), False  # see `tabulate`
         self.temperature = 1.0  # of the softmax sampler: towards 0 all weight goes to the highest alpha
-        self.standard, self.standards, self.sites, self.limit = named(standard), [], 0, limit
-        self.reset()
-        self.use_standard()
-        self.register_buffer('grid', uniform_grid(points, limit), persistent=False)
+        self.standard, self.standards, self.sites = named(standard), [], 0
+        self.register_buffer('grid', uniform_grid(points), persistent=False)
         self.register_buffer('bins', ((torch.arange(BINS) + 0.5) * points / BINS).long(), persistent=False)
         self.register_buffer('seen', torch.empty(0, BINS))  # (sites, BINS) running histograms of the inputs
         self.register_buffer('usual', torch.empty(0, BINS), persistent=False)  # the standards at the bins
         for name, size in ('gradient', points), ('inputs', BINS), ('early', BINS):  # see `collect`
             self.register_buffer(name, torch.zeros(size))
+        self.reset()
+        self.use_standard()
 
     def site(self, standard: Optional[Callable[[Tensor], Tensor]] = None) -> 'Site':
         """A site for one more place in a network; standard: the function of a tensor that stood there."""
@@ -122,18 +120,19 @@ class Cell(nn.Module):
 
     @torch.no_grad()
     def reset(self, spread: float = 1e-3, start: float = 0.0) -> None:
-        """All operations, scalars at their first values, alphas ~ N(0, spread^2). start, for softmax only:
-        weight of the standard activation in the last place that reads x and of right(a, b) = b at the output,
-        if the cell has both."""
+        """All operations, scalars at their first values, alphas ~ N(0, spread^2), nothing collected. start, for
+        softmax only: weight of the standard in the last U(x) and of right in the last B, if it has both."""
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not dropped, by choice point
         for alpha, scalars, ops in zip(self.alpha, self.scalars, self.ops):
             alpha.normal_(0.0, spread)
             scalars.copy_(torch.tensor([op.scalar or 0.0 for op in ops]))
+        for collected in (self.free, self.gradient, self.inputs, self.early):
+            collected.zero_()
         first = (self.standard.expression.removesuffix('(x)'), 'right')  # every shape ends in U(x), B(..., U)
         names = [[op.name for op in ops] for ops in self.ops[-2:]]
         if start and self.sampler == 'softmax' and first[0] in names[0] and first[1] in names[1]:
-            for alpha, name, all_names in zip(self.alpha[-2:], first, names):  # odds to one of the others
-                alpha[all_names.index(name)] += math.log(start / (1 - start) * (len(all_names) - 1))
+            for alpha, name, every in zip(self.alpha[-2:], first, names):  # odds to one of the others
+                alpha[every.index(name)] += math.log(start / (1 - start) * max(len(every) - 1, 1))
 
     def sample(self, noise: bool = True) -> list[Tensor]:
         """Weights from the alphas: a (rows, active operations) tensor a choice point, rows that sum to 1.
@@ -190,8 +189,8 @@ class Cell(nn.Module):
                 if self.freed:
                     values = values + F.interpolate(self.free[None, None], len(self.grid), mode='linear',
                                                     align_corners=True)[0]
-        tables = zip(*(t.expand(self.sites, -1).unbind() for t in (values, lines(values, self.limit))))
-        self.functions = [lambda x, t=t: Lookup.apply(*t, self.limit, x.to(t[0])).to(x) for t in tables]
+        tables = zip(*(t.expand(self.sites, -1).unbind() for t in (values, lines(values))))
+        self.functions = [lambda x, t=t: Lookup.apply(*t, LIMIT, x.to(t[0])).to(x) for t in tables]
         self.values, self.learns = values, values.requires_grad  # False for a discrete cell without scalars
 
     @torch.no_grad()
@@ -217,6 +216,22 @@ class Cell(nn.Module):
     def curve(self, x: Tensor) -> Tensor:
         """(points,) the relaxed function at its mean weights, op by op, not normalised."""
         return self.evaluate(x.to(self.grid), self.sample(noise=False))[0].detach().to(x)
+
+    @torch.no_grad()
+    def mean_table(self) -> Tensor:
+        """(points,) the mean of all sites' tables at the mean weights."""
+        self.tabulate(self.sample(noise=False))
+        return self.values.mean(0)
+
+    @torch.no_grad()
+    def fitted(self, f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """f at the output scale and shift closest to the relaxed cell, which trained weights are used to."""
+        p, y = self.seen.mean(0).double(), f(self.grid[self.bins]).double()
+        relaxed = self.mean_table()[self.bins].double()
+        y_mean, mean = (p * y).sum(), (p * relaxed).sum()  # subtle: a product @ is not the same bit for bit
+        gain = (p * (y - y_mean) * relaxed).sum() / (p * (y - y_mean).square()).sum().clamp(min=1e-12)
+        gain, shift = gain.float(), (mean - gain.float() * y_mean).float()
+        return lambda x: gain * f(x) + shift
 
     def operations(self) -> int:
         """How many operations are left at all choice points: 110 at first with the base set, 6 at last."""
@@ -261,7 +276,7 @@ class Site(nn.Module):
         if self.training and torch.is_grad_enabled() and not cell.learns and x.numel():
             # subtle: places by the golden ratio, since a regular step could meet the same few channels only
             places = torch.arange(SAMPLE, dtype=torch.float64, device=x.device) * 0.6180339887 % 1 * x.numel()
-            sample = (x.detach().take(places.long()).to(cell.seen) / cell.limit + 1) * (BINS / 2)
+            sample = (x.detach().take(places.long()).to(cell.seen) / LIMIT + 1) * (BINS / 2)
             bins = sample.nan_to_num(0.0).clamp(0, BINS - 1).long()
             cell.seen[self.index].mul_(0.9).scatter_add_(0, bins, torch.full_like(sample, 0.1 / SAMPLE))
         return cell.functions[self.index](x)
@@ -278,18 +293,17 @@ def blame(model: nn.Module, cell: Cell, x: Any) -> dict[str, Any]:
     hooks = [module.register_forward_hook(lambda site, x, y: sites.append((size(y), site.index, x[0])))
              for module in model.modules() if isinstance(module, Site)]
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    x = tuple(x) if isinstance(x, (tuple, list)) else (x,)
     with torch.random.fork_rng([cell.grid.device] if cell.grid.is_cuda else []):
-        torch.func.functional_call(model, buffers, x)
+        torch.func.functional_call(model, buffers, tuple(x) if isinstance(x, list) else x)
     for hook in hooks:
         hook.remove()
     largest, site, inputs = max(sites, key=lambda entry: entry[0])  # the first of equals
-    ends = torch.stack(inputs.nan_to_num(0.0, 0.0, 0.0).aminmax()).tolist()
-    collecting = cell.values is not None and cell.values.is_leaf and cell.values.requires_grad
-    if cell.values is not None and not collecting:  # else the cell has no part in it
-        grid = torch.linspace(*(min(max(end, -cell.limit), cell.limit) for end in ends), 1001).to(cell.grid)
+    ends = torch.stack(inputs.nan_to_num(0.0, 0.0, 0.0).aminmax())
+    # else the cell has no part in it: the standard activations stand there, perhaps as a table that learns
+    if cell.values is not None and not (cell.values.is_leaf and cell.values.requires_grad):
+        grid = torch.linspace(*ends.clamp(-LIMIT, LIMIT).tolist(), 1001).to(cell.grid)
         cell.evaluate(grid, cell.sample(noise=False), lambda name, y: ops.append((size(y), name)))
     largest, op = max(ops, key=lambda entry: entry[0], default=(largest, 'standard activation'))
-    bad = [name for module in (model, cell) for name, p in module.named_parameters()
-           if p.grad is not None and not p.grad.isfinite().all()]
-    return {'site': site, 'inputs': ends, 'op': op, 'size': largest, 'gradient': bad[0] if bad else None}
+    bad = (name for module in (model, cell) for name, p in module.named_parameters()
+           if p.grad is not None and not p.grad.isfinite().all())
+    return {'site': site, 'inputs': ends.tolist(), 'op': op, 'size': largest, 'gradient': next(bad, None)}

@@ -1,14 +1,16 @@
 """The data sets, from the publishers' files to tensors in memory; a batch is an index into them."""
 import hashlib
 import os
+import random
 import sys
 import tarfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
+import numpy as np
 import requests
 import torch
 import torch.distributed as dist
@@ -18,22 +20,21 @@ from torch import Tensor
 from ops import check_choice
 
 SAMPLES, DOWNLOADS = (Path(__file__).resolve().parent / folder for folder in ('samples', 'downloads'))
-CIFAR, SVHN = 'https://www.cs.toronto.edu/~kriz/cifar-', 'http://ufldl.stanford.edu/housenumbers/'
-STORIES = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-'
-SOURCES = {  # names of training and test files, of which the first complete layout is read; downloads and MD5
-    'cifar10_16': (['cifar10_16_train.bin cifar10_16_test.bin'], {}),
-    'tinystories_sample': (['tinystories_sample_train.txt tinystories_sample_test.txt'], {}),
-    'cifar10': ([' '.join(f'data_batch_{k}.bin' for k in range(1, 6)) + ' test_batch.bin'],
-                {CIFAR + '10-binary.tar.gz': 'c32a1d4ab5d03f1284b67883e8d87530'}),
-    'cifar100': (['train.bin test.bin'], {CIFAR + '100-binary.tar.gz': '03b5dce01913d631647c71ecec9e9cb8'}),
-    'svhn': (['train_32x32.mat test_32x32.mat'], {
-        SVHN + 'train_32x32.mat': 'e26dedcc434d2e4c54c9b2d4a06d8373',
-        SVHN + 'test_32x32.mat': 'eb5a983be6a315427106f1b164d9cef3'}),
+CIFAR, SVHN = 'https://www.cs.toronto.edu/~kriz/', 'http://ufldl.stanford.edu/housenumbers/'
+STORIES = 'https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/'
+SOURCES = {  # training and test files, of which the first complete layout is read; where from; names and MD5
+    'cifar10_16': (['cifar10_16_train.bin cifar10_16_test.bin'], '', {}),
+    'tinystories_sample': (['tinystories_sample_train.txt tinystories_sample_test.txt'], '', {}),
+    'cifar10': ([' '.join(f'data_batch_{k}.bin' for k in range(1, 6)) + ' test_batch.bin'], CIFAR,
+                {'cifar-10-binary.tar.gz': 'c32a1d4ab5d03f1284b67883e8d87530'}),
+    'cifar100': (['train.bin test.bin'], CIFAR,
+                 {'cifar-100-binary.tar.gz': '03b5dce01913d631647c71ecec9e9cb8'}),
+    'svhn': (['train_32x32.mat test_32x32.mat'], SVHN, {'train_32x32.mat': 'e26dedcc434d2e4c54c9b2d4a06d8373',
+                                                       'test_32x32.mat': 'eb5a983be6a315427106f1b164d9cef3'}),
     'tinystories': (['TinyStoriesV2-GPT4-train.txt TinyStoriesV2-GPT4-valid.txt', 'TinyStories.txt',
-                     'TinyStories-train.txt TinyStories-valid.txt'],
-                    {STORIES + 'train.txt': '', STORIES + 'valid.txt': ''}),
+                     'TinyStories-train.txt TinyStories-valid.txt'], STORIES,
+                    {'TinyStoriesV2-GPT4-train.txt': '', 'TinyStoriesV2-GPT4-valid.txt': ''}),
 }
-PUBLISHED = {'cifar10': 60_000, 'cifar100': 60_000, 'tinystories': 2_119_719}  # images or stories in all
 DATA = tuple(SOURCES)
 END = b'<|endoftext|>'     # between two stories; in the tensors it is one byte 0, or GPT-2's token 50256
 BLOCK = 4096               # a text is shuffled in blocks of so many tokens; no window spans two of them
@@ -78,21 +79,13 @@ def load(name: str, data_dir: str | None = None, tokens: str = 'bytes', side: in
         raise ValueError(f'--data-dir {data_dir} would be ignored: {name} is built in; leave the option out')
     files = find(name, data_dir)
     if text:
-        train, test = text_parts(files, tokens)
-        counts = [int((part == part[-1]).sum()) for part in (train, test)]  # its end ends all stories
-        dataset = Dataset(name, 'text', train, test, 256 if tokens == 'bytes' else 50257)
-    else:
-        parts = [images(name, path, raw, own_side) for path, raw in files]
-        if side == 16 != own_side:
-            parts = [(F.avg_pool2d(x.float(), 2).round().byte(), y) for x, y in parts]
-        train, test = tuple(torch.cat(tensors) for tensors in zip(*parts[:-1])), parts[-1]
-        counts, mirror = [len(train[1]), len(test[1])], name != 'svhn'  # a mirrored digit is no digit
-        classes = 100 if name == 'cifar100' else 10
-        dataset = Dataset(name, 'image', train, test, classes, 3, side or own_side, mirror)
-    if sum(counts) < PUBLISHED.get(name, 0):  # results on a part are not those of the whole set
-        print(f'note: this is a part of {name}: {counts[0]:,} {"stories" if text else "images"} to train and '
-              f'{counts[1]:,} to test, of {PUBLISHED[name]:,} published', file=sys.stderr)
-    return dataset
+        return Dataset(name, 'text', *text_parts(files, tokens), 256 if tokens == 'bytes' else 50257)
+    parts = [images(name, path, raw, own_side) for path, raw in files]
+    if side == 16 != own_side:
+        parts = [(F.avg_pool2d(x.float(), 2).round().byte(), y) for x, y in parts]
+    train, classes = tuple(map(torch.cat, zip(*parts[:-1]))), 100 if name == 'cifar100' else 10
+    mirror = name != 'svhn'  # a mirrored digit is no digit
+    return Dataset(name, 'image', train, parts[-1], classes, 3, side or own_side, mirror)
 
 def download(address: str, path: Path) -> None:
     """Fetch `address` to `path`; ValueError when it does not arrive."""
@@ -110,28 +103,27 @@ def download(address: str, path: Path) -> None:
 def find(name: str, data_dir: str | None) -> list[tuple[str, bytes]]:
     """(path, contents) of the training files and the test file, in a folder, a subfolder, or an archive.
     Upper and lower case in their names do not count."""
-    layouts, addresses = SOURCES[name]
-    place = Path(data_dir).expanduser() if data_dir else DOWNLOADS if addresses else SAMPLES
+    layouts, base, downloads = SOURCES[name]
+    place = Path(data_dir).expanduser() if data_dir else DOWNLOADS if base else SAMPLES
     if place.is_file() and 'stories' in name:
         return [(str(place), place.read_bytes())]
-    for address in addresses:
-        if not data_dir and not (path := place / address.rsplit('/', 1)[1]).exists():
-            download(address, path)
+    for file in downloads:
+        if not data_dir and not (place / file).exists():
+            download(base + file, place / file)
     folder = place.parent if place.is_file() else place
     for folder in [folder, *filter(Path.is_dir, sorted(folder.iterdir()))]:
         there = {path.name.lower(): path for path in sorted(folder.iterdir())}
-        for address, md5 in addresses.items():
-            path = there.get(address.rsplit('/', 1)[1].lower())
-            if path and md5 and hashlib.md5(path.read_bytes()).hexdigest() != md5:
-                raise ValueError(f'{path}: wrong checksum, expected {md5}; delete it and get {address} again')
-            if path and address.endswith('.gz'):
+        for path, md5 in ((there[file], md5) for file, md5 in downloads.items() if md5 and file in there):
+            if hashlib.md5(path.read_bytes()).hexdigest() != md5:
+                raise ValueError(f'{path}: wrong checksum, expected {md5}; delete it and get it from {base}')
+            if path.suffix == '.gz':
                 with tarfile.open(path) as tar:  # nothing is unpacked: no name in it can do harm
                     members = {member.name.rsplit('/', 1)[-1]: member for member in tar}
                     return [(file, tar.extractfile(members[file]).read()) for file in layouts[0].split()]
         for layout in layouts:
             if all(paths := [there.get(file.lower()) for file in layout.split()]):
                 return [(str(path), path.read_bytes()) for path in paths]
-    raise ValueError(f"{place} has not all of {', or '.join(layouts)}; get {' and '.join(addresses)} "
+    raise ValueError(f"{place} has not all of {', or '.join(layouts)}; {base} has {' and '.join(downloads)} "
                      f'(files of another layout, such as pickles, which can run any code, are never read)')
 
 def images(name: str, path: str, raw: bytes, side: int) -> Part:
@@ -173,6 +165,32 @@ def text_parts(files: list[tuple[str, bytes]], tokens: str) -> list[Tensor]:
         raise ValueError(f'{files[0][0]}: too few tokens; is {END.decode()} between the stories?')
     return parts
 
+# ---- several processes, as torchrun starts them ----
+
+def meet(device: str) -> None:
+    """Under torchrun: wait for the other ranks. Only the first of them speaks and writes."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
+        if device == 'cuda':
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
+        if not is_first():
+            sys.stdout = open(os.devnull, 'w')
+
+def is_first() -> bool:
+    """Whether this process writes and speaks: alone, or the first of torchrun's ranks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Under torchrun: each becomes its mean over the ranks, the same bits on all of them. Alone: nothing."""
+    if dist.is_initialized() and (tensors := list(tensors)):
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
+
+# ---- batches ----
+
 def whole(dataset: Dataset) -> Part:
     """All of the training set: (pixels, labels), or a text in blocks (n, BLOCK), without a last short one."""
     n = len(dataset.train) // BLOCK
@@ -184,6 +202,12 @@ def split(dataset: Dataset, seed: int) -> tuple[Part, Part]:
     order = torch.randperm(len(part[0]), generator=generator('split', seed, 0))
     cut = round(len(order) * 0.75)
     return tuple(t[order[:cut]] for t in part), tuple(t[order[cut:]] for t in part)
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that a network may draw from, Python's own too."""
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
 
 def generator(stream: str, seed: int, k: int) -> torch.Generator:
     """Random numbers that depend on these three alone, so that a resumed run draws the same."""
@@ -207,8 +231,7 @@ class Batches(Iterator):
         self.tensors = [t.to(device) for t in (part if self.text else [*part, *dataset.normal])]
 
     def start(self, size: int, seed: int, device: str) -> None:
-        together = dist.is_initialized()
-        self.rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.size, self.ranks, self.seed, self.device, self.position = size * ranks, ranks, seed, device, 0
 
     def __next__(self) -> tuple[Tensor, Tensor]:

@@ -1,47 +1,42 @@
 """Is an activation any good? `python evaluate.py RUN --model minigpt --seeds 5`.
 
-Every activation is trained from scratch with the same settings; for a seed all of them get the same initial
-weights and the same batches, so that differences are paired. The last step counts, not the best one, and the
-test set is touched once a run. A finished run is a line in a ledger: the same command goes on where it was
-stopped, and the ledgers of several machines are joined by `cat`.
-
-`train` is the one training loop of the project, `Training` holds its settings.
+For a seed all activations get the same initial weights and batches, so that differences are paired. The last
+step counts, and the test set is touched once a run. A finished run is a line in a ledger: the same command
+goes on where it was stopped, and the ledgers of several machines are joined by `cat`. `train` is the one
+training loop of the project.
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
 import json
 import math
 import os
-import random
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 import data
 from activation import NAMED, Activation, Tree, evaluate as values, named, nonlinearity
-from models import STANDARD, network
+from data import average, is_first, seed_everything
+from models import STANDARD, cross_entropy, network
 from ops import check_choice
-from plot import append, card, comparison, pyplot, read_ledger, report
+from plot import append, card, comparison, one_line_errors, read_ledger, report
 from space import Space
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target) -> scalar
 
 # ---- settings: a dataclass, a line a field; the command line is made from it ----
 
-def option(default: Any, help: str = '', kind: Optional[Callable] = None, choices: Iterable = ()) -> Any:
+def option(default: Any, help: str = '', kind: Optional[Callable] = None, **more: Any) -> Any:
     """A setting. With `help` it is an option of the command line; without, presets alone set it."""
-    kind = kind or type(default)
-    return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, choices=choices or None))
+    takes = dict(action='store_true') if default is False else dict(type=kind or type(default), **more)
+    return dataclasses.field(default=default, metadata=dict(help=help, **takes))
 
 def number(low: float, kind: type = int, high: float = 1e12) -> Callable[[str], Any]:
     """For `option`: text -> a number of that kind, from `low` to `high`."""
@@ -81,8 +76,7 @@ class Training:
     grad_clip: float = option(1.0)      # bound on the norm of the gradient; 0: none
     dropout: float = option(0.0)        # of the GPTs
 
-# quick: a minute a run on two cores. evening: some twenty. paper: its appendix, with crops and mirrors
-# instead of TrivialAugment.
+# quick: a minute a run on two cores. paper: its appendix, with crops and mirrors instead of TrivialAugment.
 RESNET = dict(optimizer='sgd', lr=0.1, lr_end=0.0, warmup=0.05, weight_decay=5e-4)
 VIT = dict(lr=5e-4, lr_end=0.0, warmup=0.1, weight_decay=0.05)
 GPT = dict(lr=3e-3, lr_end=0.1, warmup=0.1, weight_decay=0.1)
@@ -111,34 +105,41 @@ PRESETS = {  # name -> network -> settings
 }
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError where argparse would print its usage and exit."""
+    """Options that are not given have no value. Raises ValueError where argparse would print its usage."""
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+
     def error(self, message: str) -> None:
         raise ValueError(f'{message[:300]}; --help lists all options')
 
     def add_settings(self, kind: type[Training], presets: dict[str, dict]) -> None:
         """An option for every field of `kind` that has a help text, with the defaults of the preset quick."""
         for f in (f for f in dataclasses.fields(kind) if f.metadata['help']):
-            quick = {model: {**PRESETS['quick'][model], **changes}.get(f.name, f.default)
-                     for model, changes in presets['quick'].items()}
-            values = set(quick.values())
-            shown = [f'{model} {value}' for model, value in quick.items() if value or value == 0.0]
-            shown = shown if len(values) > 1 else [str(value) for value in values if value]
-            takes = dict(action='store_true') if f.metadata['kind'] is bool else {
-                'type': f.metadata['kind'], 'choices': f.metadata['choices'],
-                'metavar': None if f.metadata['choices'] else f.name.split('_')[-1].upper()}
-            self.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS, **takes,
-                              help=f.metadata['help'] + f" ({', '.join(shown)})" * bool(shown))
+            values = {model: {**PRESETS['quick'][model], **changes}.get(f.name, f.default)
+                      for model, changes in presets['quick'].items()}
+            shown = [f'{model} {value}' for model, value in values.items() if value != '']
+            shown = shown if len(set(values.values())) > 1 else [str(f.default)]
+            text = f.metadata['help'] + f" ({', '.join(shown)})" * any(shown)
+            self.add_argument('--' + f.name.replace('_', '-'), **{**f.metadata, 'help': text})
+
+    def given(self, arguments: Optional[list[str]], alone: dict[str, tuple]) -> dict[str, Any]:
+        """What was given. alone: options that do something else, and what they take into account."""
+        given = vars(self.parse_args(arguments))
+        for name in alone.keys() & given.keys():
+            if ignored := given.keys() - {name, *alone[name]}:
+                raise ValueError(f"--{name} would ignore {', '.join(sorted(ignored))}: leave it out")
+        return given
 
 def configure(kind: type[Training], presets: dict[str, dict], given: dict[str, Any]) -> Any:
     """The defaults of `kind`, the network's preset, its changes in `presets`, what is given; absolute paths.
     given: may hold more than the fields of `kind`. Raises ValueError for an unknown network or device."""
     given = {f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}
     preset, model = given.get('preset', 'quick'), given.get('model', 'resnet20')
-    own, text = ':' in model, given.get('data', '').startswith('tinystories')
+    own = ':' in model
     check_choice('--model', model if not own else 'toy', [*STANDARD, 'torchvision:NAME', 'FILE.py:FUNCTION'])
-    families = {'resnet': 'resnet20', 'vit': 'vit_tiny', 'toy': 'toy', '': 'minigpt'}  # whose settings
-    like = next(name for start, name in families.items() if model.startswith(start))
-    like = like if not own else 'minigpt' if text else 'vit_tiny'
+    like = next((name for name in ('resnet20', 'vit_tiny', 'toy') if name[:3] == model[:3]), 'minigpt')
+    if own:  # whose settings it gets
+        like = 'minigpt' if given.get('data', '').startswith('tinystories') else 'vit_tiny'
     config = kind(**{**PRESETS[preset][like], **presets[preset][like], **given})
     if 'context' in given and not config.data.startswith('tinystories'):
         raise ValueError(f'--context would be ignored: {config.data} is no text; leave the option out')
@@ -146,8 +147,7 @@ def configure(kind: type[Training], presets: dict[str, dict], given: dict[str, A
         raise ValueError(f'--compile --model {model}: only the networks that have names are compiled')
     if '.py:' in model:
         config.model = os.path.abspath(os.path.expanduser(model))
-    if config.data_dir:
-        config.data_dir = os.path.abspath(os.path.expanduser(config.data_dir))
+    config.data_dir = config.data_dir and os.path.abspath(os.path.expanduser(config.data_dir))
     config.device = check_device(config.device)
     return config
 
@@ -158,29 +158,10 @@ def check_device(device: str) -> str:
     device = device if device != 'auto' else next(name for name, there in present.items() if there)
     if not re.fullmatch(r'[a-z]+(:\d+)?', device) or not present.get(device.split(':')[0]):
         raise ValueError(f'--device {device} is not there, or not in this PyTorch; use --device cpu')
-    if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
-        if device == 'cuda':
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
-        if not is_first():
-            sys.stdout = open(os.devnull, 'w')
+    data.meet(device)
     return device
 
-def is_first() -> bool:
-    """Whether this process writes and speaks: alone, or the first of torchrun's ranks."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
 # ---- training ----
-
-def seed_everything(seed: int) -> None:
-    """Seed every generator that a network may draw from, Python's own too."""
-    random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed)
-
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of (batch, classes) or (batch, time, vocabulary) logits."""
-    return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 def weight_optimizer(weights: list[nn.Parameter], config: Training) -> torch.optim.Optimizer:
     """Biases, norms and learned scalars (fewer than two dimensions) are not decayed by AdamW."""
@@ -200,26 +181,15 @@ def learning_rate(step: int, config: Training) -> float:
     tenths = 0.1 ** sum(step >= share * config.steps for share in config.lr_milestones)
     return config.lr * rise * tenths * cosine(step / config.steps, config.lr_end)
 
-def precision(config: Training, model: nn.Module) -> contextlib.AbstractContextManager:
+def precision(config: Training, model: nn.Module) -> torch.autocast:
     """Around a forward pass of the model: --dtype."""
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, torch.bfloat16, config.dtype == 'bfloat16')
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, config.dtype == 'bfloat16')
 
 def call(model: Callable, x: Any) -> Any:
     """The network's output; a tuple or list x is several inputs."""
     return model(*x) if isinstance(x, (tuple, list)) else model(x)
 
-def average(tensors: Iterable[Tensor]) -> None:
-    """Under torchrun: each becomes its mean over the ranks, the same bits on all of them. Alone: nothing."""
-    if dist.is_initialized() and (tensors := list(tensors)):
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        means = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
-        for tensor, mean in zip(tensors, means):
-            tensor.copy_(mean.view_as(tensor))
-
-def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], Tensor],
-          config: Training) -> list[list[float]]:
+def train(model: nn.Module, batches: Iterator, loss: Loss, config: Training) -> list[list[float]]:
     """Train for config.steps steps. Returns the curve: 20 times [step, mean loss since the last point].
     A run that diverges ends there, and its curve ends with a loss that is not finite."""
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -250,7 +220,7 @@ def train(model: nn.Module, batches: Iterator, loss: Callable[[Tensor, Tensor], 
     return curve
 
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+def score(model: nn.Module, batches: Iterable, loss: Loss) -> dict[str, float]:
     """Mean loss of the network as it stands; accuracy too where targets are classes: one that is none, as
     -100, does not count. Classes stand last in logits for `cross_entropy`, (n, time, classes), else second,
     as for the losses of PyTorch, or last where only that fits."""
@@ -271,37 +241,9 @@ def score(model: nn.Module, batches: Iterable, loss: Callable[[Tensor, Tensor], 
     average([result])  # each rank has its share of validation batches
     return dict(zip(('loss', 'accuracy'), result.tolist()))
 
-@contextlib.contextmanager
-def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
-    """Around a whole program. A user's mistake (ValueError, OSError) is one line and exit code 2, Ctrl-C 130.
-    A mistake of ours keeps its traceback. hint: how to go on."""
-    try:
-        yield
-        return sys.stdout.flush()
-    except KeyboardInterrupt:
-        line, code = f'stopped; {hint()}', 130
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
-        line, code = f'error: {error}', 2
-        if isinstance(error, OSError):
-            line = f"error: {error.filename or 'output'}: {error.strerror or error}; {hint()}"
-        elif getattr(error, 'name', None) in ('matplotlib', 'scipy', 'tiktoken', 'torchvision'):
-            line = f'error: this needs {error.name}: pip install {error.name}'
-        elif re.search("out of memory|can't allocate memory|^$", str(error)):
-            line = 'error: out of memory; try a smaller --batch-size'
-        elif isinstance(error, RuntimeError) and re.search('compiler|Triton', str(error)):
-            line = 'error: --compile finds no compiler here; leave it out'
-        elif not isinstance(error, ValueError):
-            raise
-        if isinstance(error, BrokenPipeError):  # nothing may be written at exit either
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(' '.join(line.split())[:600], file=sys.stderr)
-    sys.exit(code)
-
 # ---- one run ----
 
-@functools.lru_cache
-def space_of(ops: str = 'base') -> Space:
-    return Space(ops)
+space_of = functools.cache(Space)  # by its operations
 
 def random_function(space: Space, seed: int) -> Tree:
     """The control that a search has to beat: any two distinct functions with any true join, but no line."""
@@ -316,29 +258,26 @@ def random_function(space: Space, seed: int) -> Tree:
 
 def resolve(text: str) -> tuple[str, Activation]:
     """A run folder, a known name, an expression, or random_0, random_1 ... from the search space."""
-    if text in NAMED and os.path.exists(f'{text}/activation.json'):
+    path = Path(text, 'activation.json') if os.path.isdir(text) else Path(text)
+    if text in NAMED and path.is_file() and path.name != text:
         raise ValueError(f'{text} is a known function and a run folder: write ./{text}, or rename it')
-    if text not in NAMED and (os.path.isdir(text) or text.endswith('.json')):
-        path = Path(text, 'activation.json') if os.path.isdir(text) else Path(text)
+    if text not in NAMED and path.suffix == '.json':
         try:
             run = json.loads(path.read_bytes())
-            name = path.absolute().parent.name if path.name == 'activation.json' else path.stem
-            clip = run['config']['clip']
+            expression, clip = run['expression'], run['config']['clip']
             assert clip is None or 0 < clip < math.inf, f'clip is {clip}'
-            return name, Activation(str(run['expression']), clip and float(clip))
+            name = path.absolute().parent.name if path.name == 'activation.json' else path.stem
+            return name, Activation(str(expression), clip and float(clip))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, AssertionError) as error:
             raise ValueError(f'{path} is not from a finished search ({error!r}): name a run folder') from None
     if match := re.fullmatch(r'random_(\d{1,9})', text):
-        return text, Activation(random_function(space_of(), int(match[1])))
+        return text, Activation(random_function(space_of('base'), int(match[1])))
     return text.replace(' ', ''), named(text)
 
-def retrain(activation: Optional[Activation], config: Training, dataset: data.Dataset,
-            seed: int) -> dict[str, Any]:
-    """Train the network from scratch with this activation (None: its own) and test it once; part of a row.
-    One module stands at all sites: the result is one function, its scalars too. It draws no random numbers:
-    the initial weights are the same for all activations of a seed.
-    """
-    module = copy.deepcopy(activation)
+def retrain(f: Optional[Activation], config: Training, dataset: data.Dataset, seed: int) -> dict[str, Any]:
+    """Train the network from scratch with f (None: its own activations), test it once; part of a row. One
+    module stands at all sites, its scalars learn, too. The initial weights are the same for all f."""
+    module = copy.deepcopy(f)
     seed_everything(seed)
     model = network(config, lambda call=None: module or call, dataset).to(config.device)
     batches = data.Batches(dataset, data.whole(dataset), config.batch_size, seed, True, config.context,
@@ -359,11 +298,8 @@ def retrain(activation: Optional[Activation], config: Training, dataset: data.Da
 
 def evaluate(activations: dict[str, Optional[Activation]], config: Training,
              seeds: Iterable[int]) -> list[dict[str, Any]]:
-    """Train what the ledger lacks, seed by seed; the rows of this comparison.
-
-    A run is known by expression, clip bound (where it acts), seed and settings: all of them but folders and
-    machine, and checksums of network and data. Its name does not count.
-    """
+    """Train what the ledger lacks, seed by seed; the rows of this comparison. A run is known by expression,
+    clip bound (where it acts), seed, settings (not folders, machine), checksums of network and data."""
     dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
     own = network(config, lambda call: call, dataset) if ':' in config.model else None
     if own:
@@ -380,39 +316,38 @@ def evaluate(activations: dict[str, Optional[Activation]], config: Training,
         raise ValueError(f'--out {ledger} is a file of another kind; choose another ledger')
     ledger.parent.mkdir(parents=True, exist_ok=True)
     open(ledger, 'ab').close()  # better to know now than after the first training
-    for seed, name in todo:
+    for left, (seed, name) in zip(range(len(todo))[::-1], todo):
         f = activations[name]
         row = {'name': name, 'expression': f.expression if f else 'own', 'seed': seed, 'settings': settings,
                'clip': f.clip if f and 'clip(' in f.formula else None}
-        if identity(row) not in done:
-            done[identity(row)] = retrain(f, config, dataset, seed) | row
+        if (key := identity(row)) not in done:
+            done[key] = retrain(f, config, dataset, seed) | row
             if is_first():
-                append(ledger, done[identity(row)])
-        rows.append(done[identity(row)] | {'name': name})
-        left = (len(todo) - len(rows)) * rows[-1]['seconds'] / 60
-        result = 'diverged'
-        if not rows[-1]['diverged']:
-            result = f"test loss {rows[-1]['test_loss']:.4f}, accuracy {rows[-1]['test_accuracy']:.4f}"
-        print(f'seed {seed}  {name[:50]:50s}  {result}  {left:.0f} min left', flush=True)
+                append(ledger, done[key])
+        rows.append(row := done[key] | {'name': name})
+        result = 'diverged' if row['diverged'] else 'test loss {test_loss:.4f}, accuracy {test_accuracy:.4f}'
+        minutes = left * row['seconds'] / 60
+        print(f'seed {seed}  {name[:50]:50s}  {result.format(**row)}  {minutes:.0f} min left', flush=True)
     return rows
 
 # ---- the command line ----
 
+BASELINES = 'relu,leaky_relu,elu,silu,gelu,relu2'
+
 def seeds_of(text: str) -> range:
     """'5' is 0 to 4; '10:20' is 10 to 19, so that several machines can share the work."""
     match = re.fullmatch(r'(?:(\d{1,9}):)?(\d{1,9})', text)
-    seeds = range(int(match[1] or 0), int(match[2])) if match else range(0)
-    if not seeds:
+    if not match or not (seeds := range(int(match[1] or 0), int(match[2]))):
         raise argparse.ArgumentTypeError(f'{text} is neither a number such as 5 nor a range such as 10:20')
     return seeds
 
 def main(arguments: Optional[list[str]] = None) -> None:
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('activations', nargs='*', metavar='ACTIVATION', help=resolve.__doc__)
-    add('--seeds', type=seeds_of, default='3', help='how many, or a range such as 10:20 (3)')
-    add('--baselines', default='relu,leaky_relu,elu,silu,gelu,relu2', help='names, or none (%(default)s)')
-    add('--random', type=number(0), default=0, help='functions drawn from the space: a search must beat them')
+    add('--seeds', type=seeds_of, help='how many, or a range such as 10:20 (3)')
+    add('--baselines', help=f'names, or none ({BASELINES})')
+    add('--random', type=number(0), help='functions drawn from the space: a search must beat them (0)')
     add('--report', nargs='+', metavar='LEDGER', help='print the tables of these ledgers, train nothing')
     add('--plot', metavar='FILE', help='draw the comparison there, as PNG (needs matplotlib)')
     add('--card', metavar='ACTIVATION', help='print what a function is like and costs, train nothing')
@@ -420,45 +355,33 @@ def main(arguments: Optional[list[str]] = None) -> None:
     add('--ops', help='of --nearest: base, periodic, swish, no-composites, names (base)')
     parser.add_settings(Training, PRESETS)
     with one_line_errors(lambda: 'the same command goes on where it was'):
-        given = vars(parser.parse_args(arguments))
-        if given['ops'] and not given['nearest']:
-            raise ValueError('--ops is of --nearest alone: leave it out')
-        if sum(map(bool, map(given.get, ('card', 'nearest', 'report')))) > 1:
-            raise ValueError('--card, --nearest and --report: one at a time')
-        trains = given['random'] or given['activations']
-        if trains and (given['card'] or given['nearest'] or given['report']):
-            raise ValueError('--card, --nearest, --report train nothing: leave out --random and activations')
-        if given['plot']:
-            if given['card'] or given['nearest'] or not Path(given['plot']).absolute().parent.is_dir():
-                raise ValueError(f"--plot {given['plot']} draws a comparison, into a folder that exists")
-            pyplot()  # better to know now than after the trainings
-        if given['card']:
-            print(card(resolve(given['card'])[1]))
-            return
-        if given['nearest']:
-            f = resolve(given['nearest'])[1].double()
-            front, _ = space_of(given['ops'] or 'base').nearest(f)
+        given = parser.given(arguments, {'card': (), 'nearest': ['ops'], 'report': ['plot']})
+        if 'card' in given:
+            return print(card(resolve(given['card'])[1]))
+        if 'nearest' in given:
+            front, _ = space_of(given.get('ops', 'base')).nearest(resolve(given['nearest'])[1].double())
             print('length   distance  formula, each better than all shorter ones')
             for match in front:
                 print(f'{match.length:6d}  {100 * match.score:9.3f} %  {Activation(match.tree).formula}')
             return
-        if given['report']:
+        if 'ops' in given:
+            raise ValueError('--ops is of --nearest alone: leave it out')
+        if 'report' in given:
             rows = [row for path in given['report'] for row in read_ledger(Path(path))]
             if not rows:
                 raise ValueError(f"no runs in {', '.join(given['report'])}: give the file of --out")
         else:
             config = configure(Training, PRESETS, given)
-            names = map(str.strip, given['baselines'].split(','))
-            names = [name for name in names if name not in ('', 'none')]
-            names = [*given['activations'], *names, *(f'random_{k}' for k in range(given['random']))]
-            own = ':' in config.model
-            activations = {'own': None} if own else dict([resolve(STANDARD[config.model])])
+            names = [name.strip() for name in given.get('baselines', BASELINES).split(',')]
+            names = [*given.get('activations', ()), *(name for name in names if name not in ('', 'none')),
+                     *(f'random_{k}' for k in range(given.get('random', 0)))]
+            activations = {'own': None} if ':' in config.model else dict([resolve(STANDARD[config.model])])
             for name, f in map(resolve, names):
                 if str(activations.setdefault(name, f)) != str(f):
                     raise ValueError(f'two functions are called {name}: rename one of the run folders')
-            rows = evaluate(activations, config, given['seeds'])
+            rows = evaluate(activations, config, given.get('seeds', range(3)))
         print('\n' + report(rows))
-        if given['plot']:
+        if 'plot' in given:
             print(comparison(rows, Path(given['plot'])))
 
 if __name__ == '__main__':

@@ -1,23 +1,67 @@
-"""Ledgers, and what they say as tables and pictures; the picture of a search. Pictures need matplotlib."""
+"""What is kept and shown: run folders, ledgers, tables, pictures, errors in one line.
+
+Pictures need matplotlib.
+"""
+import contextlib
+import dataclasses
+import io
+import itertools
 import json
 import math
 import os
+import random
+import re
+import shlex
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterator, Optional
 
+import numpy as np
 import torch
+import torch.nn as nn
+from torch import Tensor
 
-from activation import Activation
+from activation import Activation, distance, formula, named
 from models import STANDARD
 
 # Student's t with 1, 2, 3 ... degrees of freedom has 95 % of its mass in [-t, t].
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # for all eyes
 STYLES = ('-', '--', '-.', ':')
-ROW = {'expression', 'clip', 'curve'}  # what every row of a ledger has, and what tables show
+LOOKS = [dict(color=color, linestyle=style) for color, style in zip(COLOURS, 2 * STYLES)]
+LOG = 'log.jsonl'
+FILES = ('activation.json', 'found.py', LOG, 'checkpoint.pt', 'search.png')  # what a run folder holds
+X = torch.linspace(-4, 4, 81)  # where the log of a search has the curve of its cell
+
+# ---- errors and ledgers ----
+
+@contextlib.contextmanager
+def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
+    """Around a whole program. A user's mistake (ValueError, OSError) is one line and exit code 2, Ctrl-C 130.
+    A mistake of ours keeps its traceback. hint: how to go on."""
+    try:
+        yield
+        return sys.stdout.flush()
+    except KeyboardInterrupt:
+        line, code = f'stopped; {hint()}', 130
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        line, code = f'error: {error}', 2
+        if isinstance(error, OSError):
+            line = f"error: {error.filename or 'output'}: {error.strerror or error}; {hint()}"
+        elif getattr(error, 'name', None) in ('matplotlib', 'scipy', 'tiktoken', 'torchvision'):
+            line = f'error: this needs {error.name}: pip install {error.name}'
+        elif re.search("out of memory|can't allocate memory|^$", str(error)):
+            line = 'error: out of memory; try a smaller --batch-size'
+        elif isinstance(error, RuntimeError) and re.search('compiler|Triton', str(error)):
+            line = 'error: --compile finds no compiler here; leave it out'
+        elif not isinstance(error, ValueError):
+            raise
+        if isinstance(error, BrokenPipeError):  # nothing may be written at exit either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(' '.join(line.split())[:600], file=sys.stderr)
+    sys.exit(code)
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add a line of JSON in one write, so that processes may share the file; never behind a cut line."""
@@ -39,11 +83,140 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         try:
             if line:
                 row = json.loads(line)
-                report([row]), [row[key] for key in ROW]  # fails where something lacks
+                report([row]), row['expression'], row['clip'], row['curve']  # fails where something lacks
                 rows.append(row)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             print(f'warning: {path}, line {k} is cut or no row of a ledger; skipped', file=sys.stderr)
     return rows
+
+# ---- the run folder ----
+
+class Everything:
+    """Weights and all buffers of a network, also those that its own state_dict leaves out, and that grow."""
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return itertools.chain(self.model.named_parameters(), self.model.named_buffers())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.tensors()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.tensors():
+            tensor.data = state[name].to(tensor.device, copy=True)
+
+def numpy_state() -> list:
+    """As plain numbers: the checkpoint holds no pickled classes."""
+    return [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()]
+
+GENERATORS = (  # of random numbers: how their state is read, and restored
+    (random.getstate, random.setstate), (torch.get_rng_state, torch.set_rng_state),
+    (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),
+    (numpy_state, lambda state: np.random.set_state(tuple(state))))
+
+class Run:
+    """Log, checkpoint and progress line of a search; without a folder nothing is kept.
+    log.jsonl: the settings, then lines each 1 % of the steps, for drops, skipped steps, and functions tried.
+    checkpoint.pt: everything needed to go on exactly, replaced every minute. resumed: its content."""
+    def __init__(self, config: Any, folder: Optional[Path] = None, resumed: Optional[dict] = None):
+        self.config, self.folder, self.resumed = config, folder, resumed
+        new = dict(step=0, skipped=0, results={}, seconds=0.0, log_size=0)
+        self.state, self.saved = resumed['state'] if resumed else new, time.monotonic()
+        self.started = self.saved - self.state['seconds']
+
+    def hold(self, **parts: Any) -> None:
+        """Keep the state of these in the checkpoint; in a run that goes on, restore it."""
+        self.parts = parts
+        if self.resumed:
+            for name, part in parts.items():
+                part.load_state_dict(self.resumed['parts'][name])
+            for (_, restore), state in zip(GENERATORS, self.resumed['random']):
+                restore(state)
+        else:
+            self.save()
+        if not self.state['log_size']:
+            standard = parts['cell'].standard.expression
+            self.log({'config': dataclasses.asdict(self.config), 'standard': standard})
+
+    def save(self) -> None:
+        if self.folder:
+            self.saved, content = time.monotonic(), io.BytesIO()
+            size = (self.folder / LOG).stat().st_size
+            self.state.update(seconds=self.saved - self.started, log_size=size)
+            torch.save({'parts': {name: part.state_dict() for name, part in self.parts.items()},
+                        'state': self.state, 'config': dataclasses.asdict(self.config),
+                        'random': [state() for state, _ in GENERATORS]}, content)
+            write_whole(self.folder / 'checkpoint.pt', content.getbuffer())
+
+    def log(self, row: dict[str, Any], line: str = '', last: bool = True) -> None:
+        """A row of log.jsonl, and a line of progress; on a terminal it is rewritten until the last."""
+        if self.folder:
+            append(self.folder / LOG, row)
+            if line and sys.stdout.isatty():
+                line = '\r\x1b[K' + line[:os.get_terminal_size().columns - 1]
+                print(line, end='\n' * last, flush=True)
+            elif line:
+                print(line, flush=True)
+
+    def after(self, step: int, train_loss: Tensor, val_loss: Optional[Tensor], dropped: list[str],
+              trouble: Optional[dict[str, Any]]) -> None:
+        """Log, progress and checkpoint after a step. Raises ValueError after 20 skipped steps in a row."""
+        state, config, ended = self.state, self.config, step == self.config.steps
+        state.update(step=step, skipped=state['skipped'] + 1 if trouble else 0)
+        if dropped or trouble:
+            self.log({'step': step, 'dropped': dropped} | (trouble or {}))
+        if state['skipped'] == 20:
+            raise ValueError(f"20 steps in a row were not finite, most at site {trouble['site']}, operation "
+                             f"{trouble['op']}; try a smaller --lr, a smaller --clip, or --normalise scale")
+        if self.folder and (ended or step % max(1, config.steps // 100) == 0):  # here losses leave the device
+            cell, minutes = self.parts['cell'], (time.monotonic() - self.started) / 60
+            losses = [v if v is None else v.item() * config.accumulate for v in (train_loss, val_loss)]
+            curve = cell.curve(X.to(cell.grid))
+            row = {'step': step, 'train_loss': losses[0], 'val_loss': losses[1],
+                   'curve': [round(v, 4) for v in curve.tolist()], 'weights': cell.named_weights()}
+            shown = ' '.join(f'{v:.3f}' for v in losses if v is not None)
+            line = (f'step {step}/{config.steps} {100 * step // config.steps:3d}% | train, val {shown} | '
+                    f'{cell.operations()} ops left | {formula(cell.tree(), config.clip)} | '
+                    f'{minutes * (config.steps / step - 1):.1f} min left')
+            self.log(row, line, last=ended)
+        if ended or time.monotonic() - self.saved > 60:
+            self.save()
+
+    def finish(self, found: Activation, validation: dict[str, float]) -> None:
+        """Write found.py and activation.json; print what was found and what to run next."""
+        config, folder, f = self.config, self.folder, found.shortened(self.config.ops)
+        seconds = round(time.monotonic() - self.started, 1)
+        versions = {'python': sys.version, 'torch': torch.__version__, 'threads': torch.get_num_threads()}
+        result = dict(expression=f.expression, formula=f.formula, scalars=[s.item() for s in f.scalars],
+                      model=config.model, data=config.data, seed=config.seed, validation=validation,
+                      seconds=seconds, versions=versions, config=dataclasses.asdict(config))
+        print(f'\n    f(x) = {f.formula}\n')
+        if config.teacher:
+            result['distance'] = distance(f.double(), named(config.teacher))
+            print(f"planted:     {named(config.teacher).formula}, {100 * result['distance']:.2f} % away")
+        note = f'Found by search.py: {config.model} on {config.data}, seed {config.seed}.'
+        write_whole(folder / 'found.py', f.float().module(note).encode())
+        write_whole(folder / 'activation.json', json.dumps(result, indent=1).encode())
+        place = str(folder) if folder.parts[1:] else f'./{folder}'  # a name alone may be that of a function
+        command = ['python', os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py'), place]
+        names = ['model', 'preset', 'data', 'data_dir', 'side', 'only']
+        for name in names + ['tokens', 'context'] * config.data.startswith('tinystories'):
+            if (value := str(getattr(config, name))) not in ('', '0', 'quick', 'teacher', 'bytes'):
+                command += ['--' + name.replace('_', '-'), value]
+        scores = ', '.join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in validation.items())
+        print(f'validation:  {scores}\ntime:        {seconds / 60:.1f} minutes\n'
+              f'files:       {folder}/{", ".join(FILES[:4])}\nnext:        {shlex.join(command)}', flush=True)
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside it, down to the disk, then in its place."""
+    with open(f'{path}.tmp', 'wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f'{path}.tmp', path)
+
+# ---- tables ----
 
 def compare(values: dict[int, float], reference: dict[int, float]) -> tuple[int, float, float]:
     """How many seeds both have, the mean of their differences, half of its 95 % interval (inf for one)."""
@@ -54,36 +227,32 @@ def compare(values: dict[int, float], reference: dict[int, float]) -> tuple[int,
     t = T95[k - 1] if k <= len(T95) else 1.96 + 2.37 / k + 2.9 / k ** 2  # within 0.002
     return len(d), statistics.fmean(d), t * statistics.stdev(d) / math.sqrt(len(d))
 
-def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    """The rows by name and seed."""
-    names = dict.fromkeys(row['name'] for row in rows)
-    return {name: {row['seed']: row for row in rows if row['name'] == name} for name in names}
+def column(rows: list[dict[str, Any]], name: str, key: str) -> dict[int, Any]:
+    """By seed what the runs of that name hold under `key`, without those that diverged."""
+    return {row['seed']: row[key] for row in rows if row['name'] == name and not row['diverged']}
 
 def table(rows: list[dict[str, Any]], reference: str, metric: str) -> str:
     """The table of comparable rows, the best first, as text that is also Markdown."""
-    groups, key = by_name(rows), f'test_{metric}'
+    key, base = f'test_{metric}', column(rows, reference, f'test_{metric}')
     other, sign = ('loss', 1) if metric == 'accuracy' else ('accuracy', -1)  # sign: more is better, or less
-
-    def column(name: str, key: str) -> dict[int, float]:
-        return {seed: row[key] for seed, row in groups.get(name, {}).items() if not row['diverged']}
+    def place(name: str) -> float:  # the best first, last where all diverged
+        return -sign * statistics.fmean(column(rows, name, key).values() or [-sign * math.inf])
     def spread(name: str, key: str) -> str:
-        values = list(column(name, key).values())
+        values = list(column(rows, name, key).values())
         mean = f'{statistics.fmean(values):.4f}' if values else '-'
         return f'{mean} +- {statistics.stdev(values):.4f}' if len(values) > 1 else mean
-    def place(name: str) -> float:  # the best first, last where all diverged
-        return -sign * statistics.fmean(column(name, key).values() or [-sign * math.inf])
 
     lines = [['activation', 'seeds', f'test {metric}', f'minus {reference}', '95 % interval', 'wins',
               f'test {other}', 'train loss', 'ms/step', 'diverged']]
-    for name in sorted(groups, key=place):
-        mine, base, group = column(name, key), column(reference, key), groups[name].values()
+    for name in sorted(dict.fromkeys(row['name'] for row in rows), key=place):
+        mine, speeds = column(rows, name, key), {r['seed']: r['ms_step'] for r in rows if r['name'] == name}
         n, mean, half = compare(mine, base)
         wins = sum(sign * (mine[seed] - base[seed]) > 0 for seed in mine.keys() & base.keys())
         interval = f'{mean - half:+.4f} to {mean + half:+.4f}' if n > 1 else '-'
         judged = [f'{mean:+.4f}' if n else '-', interval, f'{wins}/{n}'] if name != reference else 3 * ['']
-        lines.append([name, str(len(group)), spread(name, key), *judged, spread(name, f'test_{other}'),
-                      spread(name, 'train_loss'), f"{statistics.median(row['ms_step'] for row in group):.0f}",
-                      str(sum(row['diverged'] for row in group))])
+        lines.append([name, str(len(speeds)), spread(name, key), *judged, spread(name, f'test_{other}'),
+                      spread(name, 'train_loss'), f'{statistics.median(speeds.values()):.0f}',
+                      str(len(speeds) - len(mine))])
     widths = [max(map(len, words)) for words in zip(*lines)]
     lines.insert(1, ['-' * width for width in widths])
     return '\n'.join('| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines)
@@ -105,7 +274,7 @@ def pyplot() -> Any:
     """matplotlib.pyplot, set up to draw into files."""
     import matplotlib.pyplot as plt  # optional: evaluate.one_line_errors says how to get it
     plt.switch_backend('Agg')
-    plt.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
+    plt.rcParams['font.size'] = 12
     return plt
 
 def card(f: Activation) -> str:
@@ -127,94 +296,62 @@ def card(f: Activation) -> str:
                       f'under N(0, 1)    mean {(p * y).sum():.4g}, second moment {(p * y * y).sum():.4g}',
                       f'a million inputs {mine:.2f} ms, {mine / relu:.1f} x relu'])
 
-def curve(f: Activation) -> tuple[list[float], list[float]]:
-    x = torch.linspace(-4, 4, 401)
-    with torch.no_grad():
-        return x.tolist(), f(x).tolist()
-
 def search(folder: Path) -> Path:
     """Draw search.png of a run from its log: the function over the steps, the losses, the weights."""
-    plt, result, found = pyplot(), folder / 'activation.json', None
+    plt, result = pyplot(), folder / 'activation.json'
     try:
         lines = (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()
-        rows = [json.loads(line) for line in lines if line.endswith('}')]  # the last may be cut
-        config, steps = rows[0]['config'], [row for row in rows if 'weights' in row]
-        standard = Activation(rows[0].get('standard', 'relu(x)'), None)
+        first, *rows = [json.loads(line) for line in lines if line.endswith('}')]  # the last may be cut
+        config, rows = first['config'], [row for row in rows if 'weights' in row]
+        steps, choices = [row['step'] for row in rows], rows[0]['weights']
+        known = [('k:', Activation(first['standard'], None))]
         if result.exists():
-            found = Activation(json.loads(result.read_text(encoding='utf-8'))['expression'], config['clip'])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f'{folder}: log.jsonl or activation.json is not that of a run ({error!r})') from None
-    if not steps:
-        raise ValueError(f'{folder}/log.jsonl holds no step yet; wait a little')
-    title = f"{Path(config['model']).name} on {config['data']}, seed {config['seed']}"
-    title += f':  f(x) = {found.formula}' if found else f":  step {steps[-1]['step']} of {config['steps']}"
+            known.append(('k--', Activation(json.loads(result.read_bytes())['expression'], config['clip'])))
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f'{folder}: log.jsonl is not of a run, or has no step yet ({error!r})') from None
     figure = plt.figure(figsize=(12, 11), layout='constrained')
-    figure.suptitle(title, fontsize=min(15, 1400 / len(title)))
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 2))
     functions, losses = above.subplots(1, 2)
-
-    colours = plt.get_cmap('viridis_r')  # its lightness falls from first to last: it survives print in grey
-    for row in steps[::max(1, len(steps) // 14)]:
-        x = torch.linspace(-4, 4, len(row['curve']))
-        functions.plot(x, row['curve'], color=colours(row['step'] / config['steps']), linewidth=1.5)
-    functions.plot(*curve(standard), 'k:', linewidth=1.8, label=f'{standard.formula}, the standard')
-    if found:
-        functions.plot(*curve(found), 'k--', linewidth=2.2, label='found')
-    functions.set(xlabel='x', ylabel='f(x)', ylim=(-2, 4), title='the relaxed function over the search')
-    functions.legend(loc='upper left')
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, config['steps']), colours)
-    above.colorbar(scale, ax=functions, label='step')
-
-    for k, name in enumerate(('train_loss', 'val_loss')):
-        points = [(row['step'], row[name]) for row in steps if row[name] is not None] or [(0, math.nan)]
-        losses.plot(*zip(*points), label=name.replace('_', ' '), color=COLOURS[k], linestyle=STYLES[k])
-    losses.set(xlabel='step', ylabel='squared error' if config['teacher'] else 'nats', title='losses')
+    for row in rows[::max(1, len(rows) // 14)]:
+        functions.plot(X, row['curve'], color=plt.cm.viridis_r(row['step'] / config['steps']))
+    for look, f in known:
+        functions.plot(X, f(X).detach(), look, linewidth=2, label=f.formula)
+    title = f"{Path(config['model']).name} on {config['data']}: the relaxed function, from light to dark"
+    functions.set(xlabel='x', ylim=(-2, 4), title=title)
+    functions.legend(loc='upper left', title='dotted: standard, dashed: found')
+    for name, look in zip(('train_loss', 'val_loss'), LOOKS):
+        losses.plot(steps, [row[name] for row in rows], label=name, **look)
+    losses.set(xlabel='step', title='losses')
     losses.legend()
-
-    choices = steps[0]['weights']
     for axis, choice in zip(below.subplots(math.ceil(len(choices) / 3), 3).flat, choices):
-        weights = {name: [(row['step'], row['weights'][choice][name]) for row in steps
-                          if name in row['weights'][choice]] for name in choices[choice]}
-        order = sorted(weights, key=lambda name: (len(weights[name]), weights[name][-1][1]), reverse=True)
-        for rank, name in enumerate(order):
-            strong = dict(color=COLOURS[rank % 7], linestyle=STYLES[rank % 4], linewidth=2, label=name)
-            look = strong if rank < 5 else dict(color='0.75', linewidth=0.8, zorder=1)
-            axis.plot(*zip(*weights[name]), **look)
-            if len(weights[name]) < len(steps):  # a cross where it was dropped
-                axis.plot(*weights[name][-1], 'x', color=look['color'], markersize=5)
-        axis.set(xlabel='step', ylabel='weight', title=choice, yscale='log', ylim=(0.008, 1.4))
-        axis.legend(fontsize=11, loc='upper left')
+        shares = {name: [row['weights'][choice].get(name, 0) for row in rows] for name in choices[choice]}
+        order = sorted(shares, key=lambda name: shares[name][::-1], reverse=True)  # the last to be dropped
+        colours = [*COLOURS[:5], *['0.85'] * len(order)]
+        axis.stackplot(steps, [shares[name] for name in order], labels=order[:5], colors=colours)
+        axis.set(xlabel='step', title=f'weights at {choice}')
+        axis.legend(loc='upper left')
     figure.savefig(folder / 'search.png', dpi=100)
-    plt.close(figure)
     return folder / 'search.png'
 
 def comparison(rows: list[dict[str, Any]], path: Path) -> Path:
     """Draw the functions of an evaluation, their training curves, and their differences to the reference."""
-    plt, groups = pyplot(), by_name([row for row in rows if not row['diverged']])
-    model = rows[0]['settings']['model']
-    reference = STANDARD.get(model, 'own')
-    mean = {name: statistics.fmean(row['test_loss'] for row in groups[name].values()) for name in groups}
-    names = sorted(groups, key=lambda name: (name != reference, mean[name]))[:7]  # more cannot be told apart
-    figure, (functions, curves, differences) = plt.subplots(1, 3, figsize=(15, 4.6), layout='constrained')
-    for k, name in enumerate(names):
-        group, look = list(groups[name].values()), dict(color=COLOURS[k], linestyle=STYLES[k % 4])
+    settings = rows[0]['settings']
+    rows = [row for row in rows if row['settings'] == settings and not row['diverged']]
+    reference = STANDARD.get(settings['model'], 'own')
+    losses = {name: column(rows, name, 'test_loss') for name in dict.fromkeys(row['name'] for row in rows)}
+    names = sorted(losses, key=lambda name: (name != reference, statistics.fmean(losses[name].values())))[:7]
+    figure, axes = pyplot().subplots(1, 3, figsize=(15, 4.6), layout='constrained')
+    for k, (name, look) in enumerate(zip(names, LOOKS)):
+        group = [row for row in rows if row['name'] == name]
         if group[0]['expression'] != 'own':
-            f = Activation(group[0]['expression'], group[0]['clip'])
-            functions.plot(*curve(f), label=f.formula if len(f.formula) < 40 else name[:40], **look)
-        columns = zip(*(row['curve'] for row in group))
-        points = [(column[0][0], statistics.fmean(loss for _, loss in column)) for column in columns]
-        curves.plot(*zip(*points), **look)
-        base = groups.get(reference, {})
-        d = [row['test_loss'] - base[seed]['test_loss'] for seed, row in groups[name].items() if seed in base]
-        differences.plot(d, [k] * len(d), 'o', color=COLOURS[k])
-    functions.set(xlabel='x', ylabel='f(x)', ylim=(-2, 4), title='functions')
-    if len(functions.lines):
-        functions.legend(fontsize=10, loc='upper left')
-    curves.set(xlabel='step', ylabel='training loss (nats)', title=f'{model}, mean over seeds')
-    differences.axvline(0, color='0.6', linewidth=1)
-    differences.set(xlabel=f'test loss minus that of {reference}, a dot a seed', title='left is better')
-    differences.set_yticks(range(len(names)), [name[:24] for name in names])
-    differences.invert_yaxis()
+            axes[0].plot(X, Activation(group[0]['expression'], group[0]['clip'])(X).detach(), **look)
+        axes[1].plot(*torch.tensor([row['curve'] for row in group]).mean(0).T, **look)
+        base = losses.get(reference, {})
+        d = [loss - base[seed] for seed, loss in losses[name].items() if seed in base]
+        axes[2].plot(d, [-k] * len(d), marker='o', **look)
+    axes[0].set(xlabel='x', ylim=(-2, 4), title='functions')
+    axes[1].set(xlabel='step', title=f"training loss of {settings['model']}, mean over seeds")
+    axes[2].set(title=f'test loss minus that of {reference}, a dot a seed')
+    axes[2].set_yticks([-k for k in range(len(names))], [name[:24] for name in names])
     figure.savefig(path, dpi=100)
-    plt.close(figure)
     return path

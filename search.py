@@ -6,17 +6,11 @@ by one (arXiv 2408.06820, sections 3.2 and 3.3). Then a few functions are traine
 """
 import copy
 import dataclasses
-import io
 import itertools
-import json
 import math
 import os
-import random
-import shlex
-import sys
-import time
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -24,16 +18,16 @@ import torch.nn as nn
 from torch import Tensor
 
 import data
-import plot
-from activation import NAMED, SHAPES, Activation, distance, formula, named, nonlinearity, write
+from activation import NAMED, SHAPES, Activation, distance, named, nonlinearity, write
 from cell import NORMALISERS, SAMPLERS, Cell, blame
-from evaluate import (Parser, Training, append, average, call, check_device, configure, cosine, cross_entropy,
-                      is_first, learning_rate, number, one_line_errors, option, precision, score,
-                      seed_everything, train, weight_optimizer)
+from data import average, is_first
+from evaluate import (Loss, Parser, Training, call, check_device, configure, cosine, cross_entropy,
+                      learning_rate, number, option, precision, score, seed_everything, train,
+                      weight_optimizer)
 from models import STANDARD, network, replaced, teacher_and_student
+from plot import FILES, LOG, Everything, Run, one_line_errors, search as picture
 from space import Match, Space
 
-Loss = Callable[[Tensor, Tensor], Tensor]    # (output, target) -> scalar
 Result = tuple[Activation, dict[str, float]]  # the function found, its scores on validation batches
 
 def bound(text: str) -> Optional[float]:
@@ -59,7 +53,7 @@ class Config(Training):
                              'near its curve; gradient, those of best score',
                              choices=('shrink', 'project', 'gradient'))
     candidates: int = option(8, 'functions to try; 0: what the descent ends with is the result', number(0))
-    trial_steps: float = option(1.0, 'length of a trial, as a multiple of --steps', number(0, float))
+    trial_steps: float = option(1.0)      # length of a trial, as a multiple of the steps
     arch_lr_end: float = option(1.0)      # share of arch_lr left at the end of the cosine
     warm_alphas: bool = option(False)     # whether the alphas learn during the warm start already
     shrink_from: float = option(0.3)      # the first drop
@@ -70,13 +64,25 @@ class Config(Training):
     trust: float = option(0.8)            # largest relative distance to the standard of a proposal, and
     lengths: tuple = option((3, 4, 5))    # the lengths of which the best are proposed,
     around: bool = option(True)           # and whether only those made with the standard activation
-    trials_from: str = option('scratch')  # or trained: the weights of the descent
     judge: int = option(10)               # validation batches that judge a trial
     digest: str = option('')              # of data and network: a run goes on with the same
 
     def at(self, share: float) -> int:
         """The step at a share of the steps; the last step is always after it."""
         return min(round(share * self.steps), self.steps - 1)
+
+    def operations_left(self, step: int, first: int, last: int) -> int:
+        """How many operations may be left after so many steps: `first` until shrink_from, `last` at
+        shrink_until. The warm start, in which the alphas know nothing, drops none before its last step."""
+        begin, end = (self.at(max(share, self.warmstart)) for share in (self.shrink_from, self.shrink_until))
+        if self.shrink == 'none' or step <= begin and step < end:
+            return first
+        if step >= end:
+            return last
+        share = (step - begin) / (end - begin)
+        if self.shrink == 'log':  # the k-th drop at step begin + (end - begin)^(k / drops)
+            share = math.log(step - begin) / math.log(end - begin)
+        return first - int((first - last) * share + 1e-9)
 
 # What differs from evaluate.PRESETS. paper: its appendix; an epoch is the 75 % of the data that train the
 # weights, one epoch is warm start, dropping begins in the third.
@@ -86,7 +92,7 @@ PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log'
 TEACHER = dict(data='teacher', teacher='mul(sigmoid(x), x)', batch_size=256, weight_decay=0.0)
 TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.15,
            start=0.95, shrink='none', normalise='centre', temperature=1.0, discretise='project',
-           free_from=0.7, trial_steps=0.15, trials_from='trained')
+           free_from=0.7, trial_steps=0.15)
 RESNET = dict(lr_end=0.1, trust=0.5, lengths=(2,), around=False)
 PRESETS = {
     'quick': {
@@ -111,23 +117,6 @@ PRESETS = {
 
 # ---- the search ----
 
-class Everything:
-    """Weights and all buffers of a network, also those that its own state_dict leaves out."""
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        tensors = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
-        return {name: tensor.detach().clone() for name, tensor in tensors}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, p in self.model.named_parameters():
-            p.copy_(state[name])
-        for name, buffer in list(self.model.named_buffers()):  # one may have grown
-            place, _, key = name.rpartition('.')
-            self.model.get_submodule(place)._buffers[key] = state[name].to(buffer.device, copy=True)
-
 def held(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The network for an architecture step, its weights as constants and its buffers as copies: a validation
     batch leaves no trace in gradients or running statistics, a leak that is easy to miss."""
@@ -143,27 +132,10 @@ def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bo
         torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
     return bool(torch.stack(torch._foreach_norm([norm, *others], math.inf)).isfinite().all())
 
-def operations_left(step: int, config: Config, first: int, last: int) -> int:
-    """How many operations may be left after so many steps: `first` until shrink_from, `last` at shrink_until.
-    The warm start, in which the alphas know nothing, drops none before its last step."""
-    begin = config.at(max(config.shrink_from, config.warmstart))
-    end = config.at(max(config.shrink_until, config.warmstart))
-    if config.shrink != 'none' and step >= end:
-        return last
-    if config.shrink == 'none' or step <= begin:
-        return first
-    share = (step - begin) / (end - begin)
-    if config.shrink == 'log':  # the k-th drop at step begin + (end - begin)^(k / drops)
-        share = math.log(step - begin) / math.log(end - begin)
-    return first - int((first - last) * share + 1e-9)
-
 def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: Iterator, loss: Loss,
-           config: Config, run: Optional['Run'] = None) -> Result:
-    """Search an activation for `model`, whose activations are sites of `cell`.
-    train_batches, val_batches: endless iterators of (input, target), disjoint data on the model's device;
-    with state_dict() and load_state_dict() where the run has a folder."""
-    for module in model.modules():  # a buffer made by expand() could not be restored
-        module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
+           config: Config, run: Optional[Run] = None) -> Result:
+    """Search an activation for `model`, whose activations are sites of `cell`. Batches: endless (input, target)
+    of disjoint data on its device; with state_dict() and load_state_dict() where the run has a folder."""
     weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
     if not weights:
@@ -237,11 +209,11 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         else:
             trouble = blame(model, cell, x) | {'skipped': 'weights'}
             for b, old in zip(running, before):
-                b.copy_(old)
+                b.data = old
         weight_opt.zero_grad()
 
         # 3. Progressive shrinking: drop what the alphas like least, until each choice point has one left.
-        while cell.operations() > operations_left(step + 1, config, all_operations, len(cell.choices)):
+        while cell.operations() > config.operations_left(step + 1, all_operations, len(cell.choices)):
             dropped.append(cell.drop())
 
         # 4. Log and checkpoint.
@@ -250,6 +222,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     cell.temperature = config.temperature  # a run resumed after its last step has not set them
     cell.freed = config.discretise == 'project' and config.free_from < 1
     return candidates(model, cell, initial, train_batches, val_batches, loss, config, run)
+
+# ---- the functions to try ----
 
 def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
     """The next `count` batches, as often as wanted. Those of data.py are made again; others are kept."""
@@ -272,56 +246,40 @@ def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
     density, early = density / density.sum(), early / early.sum()
     standard = cell.standard(space.x).detach()
     power = density @ standard.square()
-
     def change(f: Tensor) -> Tensor:  # (functions, points) -> (functions,)
         f = f * (power / (f.square() @ density)).sqrt()[:, None]
         far = (2 - 2 * (f @ (density * standard)) / power).clamp(min=0).sqrt()
         moves = (f @ early).square() < 0.4 * (f.square() @ early)
         alive = (f.diff(dim=1).abs() > 0.01 * step).double() @ early[1:] > 0.25
-        fine = (far > 0.1) & (far < trust) & moves & alive
-        return torch.where(fine, (f - standard) @ gradient, torch.inf)
+        return torch.where((far > 0.1) & (far < trust) & moves & alive, (f - standard) @ gradient, torch.inf)
     return space.scan(change, shift=False)
 
 def proposals(cell: Cell, config: Config) -> list[Activation]:
     """The functions to try, see --discretise: neither nearly straight lines nor the standard activation."""
     trees = [cell.tree()]
-    if config.discretise == 'project' or config.candidates and config.discretise == 'gradient':
-        space = Space(config.ops, config.clip, config.cell)
     if config.discretise == 'project':
+        space = Space(config.ops, config.clip, config.cell)
         seen = torch.from_numpy(np.interp(space.x, cell.grid[cell.bins].cpu(), cell.seen.mean(0).cpu()))
-        with torch.no_grad():
-            cell.tabulate(cell.sample(noise=False))
-        curve = torch.from_numpy(np.interp(space.x, cell.grid.cpu(), cell.values.mean(0).cpu()))
+        curve = torch.from_numpy(np.interp(space.x, cell.grid.cpu(), cell.mean_table().cpu()))
         front, best = space.nearest(curve, seen, config.candidates)
         trees = [match.tree for match in front[::-1] + best]
     elif config.candidates and config.discretise == 'gradient':
+        space = Space(config.ops, config.clip, config.cell)
         matches = sorted(steepest(space, cell, config.trust), key=lambda match: match.score)
         if config.around:
             matches = [match for match in matches if cell.standard.expression in write(match.tree)]
         of_length = [[match.tree for match in matches if match.length == n] for n in config.lengths]
         trees += [tree for row in itertools.zip_longest(*of_length) for tree in row if tree]
-    bend = 0.01 if config.teacher else 0.15  # how far from a straight line
-    found = (Activation(tree, config.clip) for tree in trees)
-    found = (f for f in found if nonlinearity(f) > bend
-             and (config.teacher or distance(f, cell.standard, False) > 0.01))
-    best = list(itertools.islice(found, config.candidates)) or [Activation(cell.tree(), config.clip)]
+    functions = (Activation(tree, config.clip) for tree in trees)
+    functions = (f for f in functions if nonlinearity(f) > (0.01 if config.teacher else 0.15)
+                 and (config.teacher or distance(f, cell.standard, False) > 0.01))
+    best = list(itertools.islice(functions, config.candidates)) or [Activation(cell.tree(), config.clip)]
     return [f.to(cell.grid.device) for f in best]
 
-def in_its_place(f: Activation, cell: Cell) -> Callable[[Tensor], Tensor]:
-    """f at the output scale and shift closest to the relaxed cell, which the weights are used to."""
-    with torch.no_grad():
-        cell.tabulate(cell.sample(noise=False))
-        p, y = cell.seen.mean(0).double(), f(cell.grid[cell.bins]).double()
-        relaxed = cell.values.mean(0)[cell.bins].double()
-        y_mean, mean = (p * y).sum(), (p * relaxed).sum()  # subtle: a product @ is not the same bit for bit
-        gain = (p * (y - y_mean) * relaxed).sum() / (p * (y - y_mean).square()).sum().clamp(min=1e-12)
-        gain, shift = gain.float(), (mean - gain.float() * y_mean).float()
-    return lambda x: gain * f(x) + shift
-
 def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
-               val_batches: Iterator, loss: Loss, config: Config, run: 'Run') -> Result:
-    """The best of the proposals on validation data, trained on the same batches from the same weights. A
-    large weight in the mixture does not mean that an operation works alone."""
+               val_batches: Iterator, loss: Loss, config: Config, run: Run) -> Result:
+    """The best of the proposals on validation data, trained on the same batches from the same weights:
+    `initial`, or for a planted function those of the descent."""
     functions, judge = proposals(cell, config), repeatable(val_batches, config.judge)
     if not config.candidates:
         cell.freed = False  # the free curve is no part of the function
@@ -331,17 +289,13 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
             cell.tabulate()  # the discrete cell as the weights know it, normalised
         return functions[0], score(model, judge(), loss)
     trial = dataclasses.replace(config, steps=max(2, round(config.trial_steps * config.steps)))
-    batches = repeatable(train_batches, trial.steps * config.accumulate)
-    everything = Everything(model)
-    start = initial if config.trials_from == 'scratch' else everything.state_dict()
+    batches, everything = repeatable(train_batches, trial.steps * config.accumulate), Everything(model)
+    start = everything.state_dict() if config.teacher else initial
     results, seen = run.state['results'], cell.seen.clone()
     for f in [cell.standard, *functions]:
         if f.expression not in results:
             everything.load_state_dict(start)
-            if f is cell.standard:
-                cell.use_standard()
-            else:
-                cell.use(f if start is initial else in_its_place(f, cell))
+            cell.use_standard() if f is cell.standard else cell.use(cell.fitted(f) if config.teacher else f)
             train(model, batches(), loss, trial)
             results[f.expression] = result = score(model, judge(), loss)
             everything.load_state_dict(start)  # what is saved now must propose the same functions again
@@ -350,126 +304,6 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
             run.save()
     best = min(functions, key=lambda f: np.nan_to_num(results[f.expression]['loss'], nan=math.inf))
     return best, results[best.expression] | {'standard_loss': results[cell.standard.expression]['loss']}
-
-# ---- the run folder ----
-
-class Run:
-    """Log, checkpoint and progress line of a search; without a folder nothing is kept.
-    log.jsonl: the settings, then lines each 1 % of the steps, for drops, skipped steps, and functions tried.
-    checkpoint.pt: everything needed to go on exactly, replaced every minute. resumed: its content."""
-    def __init__(self, config: Config, folder: Optional[Path] = None, resumed: Optional[dict] = None):
-        self.config, self.folder, self.resumed = config, folder, resumed
-        new = dict(step=0, skipped=0, results={}, seconds=0.0, log_size=0)
-        self.state = resumed['state'] if resumed else new
-        self.saved = time.monotonic()
-        self.started = self.saved - self.state['seconds']
-
-    def hold(self, **parts: Any) -> None:
-        """Keep the state of these in the checkpoint; in a run that goes on, restore it."""
-        self.parts = parts
-        if self.resumed:
-            for name, part in parts.items():
-                part.load_state_dict(self.resumed['parts'][name])
-            random.setstate(self.resumed['python'])
-            np.random.set_state(self.resumed['numpy'])
-            torch.set_rng_state(self.resumed['torch'])
-            torch.cuda.set_rng_state_all(self.resumed['cuda'])
-        else:
-            self.save()
-        if not self.state['log_size']:
-            standard = self.parts['cell'].standard.expression
-            self.log({'config': dataclasses.asdict(self.config), 'standard': standard})
-
-    def save(self) -> None:
-        if self.folder:
-            self.saved, content = time.monotonic(), io.BytesIO()
-            self.state['seconds'] = self.saved - self.started
-            kind, keys, *rest = np.random.get_state()
-            self.state['log_size'] = (self.folder / 'log.jsonl').stat().st_size
-            torch.save({'parts': {name: part.state_dict() for name, part in self.parts.items()},
-                        'state': self.state, 'config': dataclasses.asdict(self.config),
-                        'python': random.getstate(), 'numpy': (kind, keys.tolist(), *rest),
-                        'torch': torch.get_rng_state(),
-                        'cuda': torch.cuda.get_rng_state_all()}, content)
-            write_whole(self.folder / 'checkpoint.pt', content.getbuffer())
-
-    def log(self, row: dict[str, Any], line: str = '', last: bool = True) -> None:
-        """A row of log.jsonl, and a line of progress; on a terminal it is rewritten until the last."""
-        if self.folder:
-            append(self.folder / 'log.jsonl', row)
-            if line and sys.stdout.isatty():
-                line = '\r\x1b[K' + line[:os.get_terminal_size().columns - 1]
-                print(line, end='\n' * last, flush=True)
-            elif line:
-                print(line, flush=True)
-
-    def after(self, step: int, train_loss: Tensor, val_loss: Optional[Tensor], dropped: list[str],
-              trouble: Optional[dict[str, Any]]) -> None:
-        """Log, progress and checkpoint after a step. Raises ValueError after 20 skipped steps in a row."""
-        state, config, ended = self.state, self.config, step == self.config.steps
-        state.update(step=step, skipped=state['skipped'] + 1 if trouble else 0)
-        if dropped or trouble:
-            self.log({'step': step, 'dropped': dropped} | (trouble or {}))
-        if state['skipped'] == 20:
-            raise ValueError(f"20 steps in a row were not finite, most at site {trouble['site']}, operation "
-                             f"{trouble['op']}; try a smaller --lr, a smaller --clip, or --normalise scale")
-        if self.folder and (ended or step % max(1, config.steps // 100) == 0):  # here losses leave the device
-            cell, minutes = self.parts['cell'], (time.monotonic() - self.started) / 60
-            losses = [v if v is None else v.item() * config.accumulate for v in (train_loss, val_loss)]
-            curve = cell.curve(torch.linspace(-4, 4, 81, device=cell.grid.device))
-            row = {'step': step, 'train_loss': losses[0], 'val_loss': losses[1],
-                   'curve': [round(v, 4) for v in curve.tolist()], 'weights': cell.named_weights()}
-            shown = ' '.join(f'{v:.3f}' for v in losses if v is not None)
-            line = (f'step {step}/{config.steps} {100 * step // config.steps:3d}% | train, val {shown} | '
-                    f'{cell.operations()} ops left | {formula(cell.tree(), config.clip)} | '
-                    f'{minutes * (config.steps / step - 1):.1f} min left')
-            self.log(row, line, last=ended)
-        if ended or time.monotonic() - self.saved > 60:
-            self.save()
-
-    def finish(self, found: Activation, validation: dict[str, float]) -> None:
-        """Write found.py and activation.json; print what was found and what to run next."""
-        config, folder, f = self.config, self.folder, found.shortened(self.config.ops)
-        seconds = round(time.monotonic() - self.started, 1)
-        versions = {'python': sys.version, 'torch': torch.__version__, 'threads': torch.get_num_threads()}
-        result = dict(expression=f.expression, formula=f.formula, scalars=[s.item() for s in f.scalars],
-                      model=config.model, data=config.data, seed=config.seed, validation=validation,
-                      seconds=seconds, versions=versions, config=dataclasses.asdict(config))
-        print(f'\n    f(x) = {f.formula}\n')
-        if config.teacher:
-            result['distance'] = distance(f.double(), named(config.teacher))
-            print(f"planted:     {named(config.teacher).formula}, {100 * result['distance']:.2f} % away")
-        note = f'Found by search.py: {config.model} on {config.data}, seed {config.seed}.'
-        write_whole(folder / 'found.py', f.float().module(note).encode())
-        write_whole(folder / 'activation.json', json.dumps(result, indent=1).encode())
-        place = str(folder) if folder.parts[1:] else f'./{folder}'  # a name alone may be that of a function
-        command = ['python', os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py'), place]
-        names = ['model', 'preset', 'data', 'data_dir', 'side', 'only']
-        for name in names + ['tokens', 'context'] * config.data.startswith('tinystories'):
-            if (value := str(getattr(config, name))) not in ('', '0', 'quick', 'teacher', 'bytes'):
-                command += ['--' + name.replace('_', '-'), value]
-        print('validation: ', ', '.join(f"{key.replace('_', ' ')} {v:.4f}" for key, v in validation.items()))
-        print(f'time:        {seconds / 60:.1f} minutes')
-        print(f'files:       {folder}/activation.json, found.py, log.jsonl, checkpoint.pt')
-        print(f'next:        {shlex.join(command)}', flush=True)
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it, down to the disk, then in its place."""
-    with open(f'{path}.tmp', 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f'{path}.tmp', path)
-
-def lock(file: BinaryIO) -> None:
-    """Keep other processes out until this one ends, however it ends. Not on Windows."""
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError:
-        raise ValueError(f'{file.name}: another process is there; choose another --out') from None
 
 # ---- the command line ----
 
@@ -492,13 +326,25 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
                                 config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
     return model.to(config.device), cell.to(config.device), *batches, loss
 
+def begin(given: dict[str, Any]) -> Config:
+    """The settings of a new run. Raises ValueError for options that do not fit together."""
+    config = configure(Config, PRESETS, (PAPER if given.get('method') == 'paper' else {}) | given)
+    planted = config.data == 'teacher'
+    if given.keys() & ({'data_dir', 'side', 'only', 'context'} if planted else {'teacher'}):
+        raise ValueError('--teacher makes the data of toy: no --data, --data-dir, --side, --context, --only')
+    config.teacher = config.teacher if planted else ''
+    if planted and math.isnan(nonlinearity(named(config.teacher))):
+        raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')
+    name = Path(config.model).name.replace('.py:', '-').replace(':', '-')
+    config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
+    return config
+
 def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     """Configuration and checkpoint of a run. Only --data-dir and --device may differ; else ValueError."""
     try:
         checkpoint = torch.load(folder / 'checkpoint.pt', map_location='cpu', weights_only=True)
         config = Config(**{**checkpoint['config'], 'out': str(folder)})
-        assert {'parts', 'python', 'numpy', 'torch', 'cuda'} <= checkpoint.keys() and config.data
-        int(checkpoint['state']['log_size'])
+        assert checkpoint['random'] and checkpoint['parts'] and checkpoint['state']['log_size'] >= 0
     except Exception as error:  # torch.load raises a dozen kinds on files that are something else
         raise ValueError(f'--resume {folder}: no checkpoint of a run ({type(error).__name__})') from None
     for name in vars(config).keys() & given.keys() - {'out', 'data_dir', 'device'}:
@@ -506,66 +352,39 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
             raise ValueError(f'--resume keeps the settings of the run: {name} is {getattr(config, name)}; '
                              f"leave --{name.replace('_', '-')} out")
     config.device = check_device(given.get('device', config.device))
-    if 'data_dir' in given:
-        config.data_dir = os.path.abspath(given['data_dir'])
+    config.data_dir = os.path.abspath(given['data_dir']) if 'data_dir' in given else config.data_dir
     return config, checkpoint
 
 def main(arguments: Optional[list[str]] = None) -> None:
-    parser, folder, checkpoint = Parser(description=__doc__, allow_abbrev=False), None, None
+    parser, folder = Parser(__doc__), None
     parser.add_argument('--resume', metavar='RUN', help='go on with the run in this folder, exactly')
     parser.add_argument('--plot', metavar='RUN', help='draw search.png of a run (needs matplotlib)')
     parser.add_settings(Config, PRESETS)
     with one_line_errors(lambda: f'go on with --resume {folder}' if folder else 'nothing was written'):
-        given = vars(parser.parse_args(arguments))
-        if given['plot'] and given['resume']:
-            raise ValueError('--plot and --resume: one at a time')
-        if given['plot']:
-            print(plot.search(Path(given['plot'])))
-            return
-        if given['resume']:
-            config, checkpoint = resume(Path(given['resume']), given)
-        else:
-            given = (PAPER if given.get('method') == 'paper' else {}) | given
-            config = configure(Config, PRESETS, given)
-            planted = config.data == 'teacher'
-            if given.keys() & ({'data_dir', 'side', 'only', 'context'} if planted else {'teacher'}):
-                raise ValueError('--teacher makes the data of --model toy: leave out --data, --data-dir, '
-                                 '--side, --context and --only')
-            if 'trial_steps' in given and not config.candidates:
-                raise ValueError('--trial-steps would be ignored: --candidates is 0; raise it')
-            config.teacher = config.teacher if planted else ''
-            if planted and math.isnan(nonlinearity(named(config.teacher))):
-                raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')
-            name = Path(config.model).name.replace('.py:', '-').replace(':', '-')
-            config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
-        files = ['activation.json', 'found.py', 'search.png', 'checkpoint.pt', 'log.jsonl']
-        files += [f'{file}.tmp' for file in files]
-        for path in [Path(config.out, file) for file in files[:1 if checkpoint else None] if is_first()]:
-            if path.exists() and path.stat().st_size:
-                raise ValueError(f'{path} already exists; choose another --out, or go on with an unfinished '
-                                 f'run by --resume {config.out}')
-        digest = config.digest
+        given = parser.given(arguments, {'plot': ()})
+        if 'plot' in given:
+            return print(picture(Path(given['plot'])))
+        new = 'resume' not in given
+        config, checkpoint = (begin(given), None) if new else resume(Path(given['resume']), given)
+        place, digest = Path(config.out), config.digest
+        for file in [place / name for name in FILES[:None if new else 1] if is_first()]:
+            if file.exists():
+                raise ValueError(f'{file} already exists; choose another --out, or go on by --resume {place}')
         model, cell, train_batches, val_batches, loss = prepare(config)
         if checkpoint and config.digest != digest:
-            raise ValueError(f'--resume {config.out}: data or network are not those of the run: give them '
-                             f'back, or start a new run')
+            raise ValueError(f'--resume {place}: data or network are not those of the run; give them back')
         sites = model.describe() if isinstance(model, replaced) else f'{cell.sites} sites'
-        print(f'{config.model} with {sites} on {config.data}: {config.steps} steps; run folder {config.out}',
+        print(f'{config.model} with {sites} on {config.data}: {config.steps} steps; run folder {place}',
               flush=True)
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        with open(Path(config.out, 'log.jsonl'), 'ab') as file:
-            if is_first():
-                lock(file)
-                size = checkpoint['state']['log_size'] if checkpoint else 0
-                if file.seek(0, os.SEEK_END) < size:
-                    print(f'note: {file.name} has been cut, rows are lost', file=sys.stderr)
-                    checkpoint['state']['log_size'] = size = 0
-                file.truncate(size)  # what came after it
-            folder = Path(config.out)
-            run = Run(config, folder if is_first() else None, checkpoint)
-            found, validation = search(model, cell, train_batches, val_batches, loss, config, run)
-            if is_first():
-                run.finish(found, validation)
+        place.mkdir(parents=True, exist_ok=True)
+        if is_first():
+            with open(place / LOG, 'ab') as file:  # what came after the checkpoint is done again
+                file.truncate(min(checkpoint['state']['log_size'], file.tell()) if checkpoint else 0)
+        folder = place
+        run = Run(config, folder if is_first() else None, checkpoint)
+        found, validation = search(model, cell, train_batches, val_batches, loss, config, run)
+        if is_first():
+            run.finish(found, validation)
 
 if __name__ == '__main__':
     main()
