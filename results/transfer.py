@@ -1,0 +1,92 @@
+"""What carries over? Functions found on three networks, trained on larger ones, other families, other data.
+
+    python results/transfer.py --data-dir FOLDER --part 0/2      and 1/2 beside it: two evenings on two cores
+    python results/transfer.py --report                          the table
+
+Three functions of each network on which a search found them, beside five usual ones. All trainings are those
+of `python evaluate.py --model TARGET`, preset quick, three seeds. A finished one is a line of
+results/transfer.jsonl; the same command goes on. FOLDER holds CIFAR-100, of which images of side 16 are made;
+without it that target is left out, and so is torchvision's where torchvision is not installed.
+"""
+import argparse
+import functools
+import importlib.util
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import torch
+
+import data
+from evaluate import PRESETS, Training, configure, evaluate, read_ledger, resolve
+from models import STANDARD
+from plot import column, compare
+
+LEDGER, RUNS = HERE / 'transfer.jsonl', HERE / 'evening'
+FOUND = {  # network -> what searches found there: results/evening/, two by our default and one quick search
+    'resnet20': ['elu', 'resnet20-paper-0.json', 'resnet20-paper-1.json'],
+    'vit_tiny': ['vit_tiny-ours-0.json', 'square(gelu(x))', 'vit_tiny-paper-0.json'],
+    'minigpt': ['minigpt-ours-1.json', 'minigpt-ours-0.json', 'add(relu(x), min0(sub(square(x), sigmoid(x))))']}
+USUAL = ['relu', 'gelu', 'silu', 'elu', 'relu2']
+TARGETS: dict[str, dict[str, Any]] = {  # name -> settings of the training
+    'resnet32': dict(model='resnet32'), 'resnet20, CIFAR-100': dict(model='resnet20', data='cifar100', side=16),
+    'vit_small': dict(model='vit_small'), 'tinygpt': dict(model='tinygpt'), 'elman': dict(model='elman'),
+    'mobilenet_v2': dict(model='torchvision:mobilenet_v2', batch_size=64, lr=1e-3)}
+
+def functions() -> dict[str, Any]:
+    """All of them, by name: found ones and usual ones."""
+    names = itertools.chain(*FOUND.values(), USUAL)
+    return dict(resolve(str(RUNS / name) if name.endswith('.json') else name) for name in names)
+
+def standard(target: str) -> str:
+    return STANDARD.get(TARGETS[target]['model'], 'own')
+
+def run(target: str, name: str, seed: int, data_dir: str) -> None:
+    """One training, if the ledger lacks it. name: of a function, or own: what the network comes with."""
+    settings = TARGETS[target] | ({'data_dir': data_dir} if 'CIFAR' in target else {})
+    config = configure(Training, PRESETS, settings | {'out': str(LEDGER)})
+    f = None if name == 'own' else functions().get(name) or resolve(name)[1]
+    evaluate({name: f}, config, [seed])
+
+def report() -> str:
+    """A row a function: its mean test loss minus that of the standard, by target, with half its interval."""
+    rows, text = read_ledger(LEDGER), ['| function | found on |', '|---|---|']
+    origin = {resolve(str(RUNS / name) if name.endswith('.json') else name)[0]: network
+              for network, names in FOUND.items() for name in names}
+    cells = {name: [] for name in functions()}
+    for target, settings in TARGETS.items():
+        mine = [row for row in rows if row['settings']['model'] == settings['model']
+                and ('CIFAR' in target) == (row['settings']['data'] == 'cifar100')]
+        base = column(mine, standard(target), 'test_loss')
+        text[0], text[1] = f'{text[0]} {target} |', f'{text[1]}---|'
+        for name in cells:
+            n, mean, half = compare(column(mine, name, 'test_loss'), base)
+            cells[name].append(f'{mean:+.4f} +- {half:.4f}' if n > 1 else '-')
+    text += [f"| {name} | {origin.get(name, '')} | {' | '.join(row)} |" for name, row in cells.items()]
+    return '\n'.join(text)
+
+if __name__ == '__main__':
+    look = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=look)
+    parser.add_argument('--data-dir', default='', help='folder of CIFAR-100')
+    parser.add_argument('--part', default='0/1', metavar='K/N', help='every N-th training, from the K-th on')
+    parser.add_argument('--report', action='store_true', help='print the table, train nothing')
+    given = parser.parse_args()
+    if given.report:
+        print(report())
+    else:
+        torch.set_num_threads(1)
+        data.load, (part, parts) = functools.cache(data.load), map(int, given.part.split('/'))
+        targets = [target for target in TARGETS if given.data_dir or 'CIFAR' not in target]
+        if not importlib.util.find_spec('torchvision'):
+            targets.remove('mobilenet_v2')
+        work = [(target, name, seed) for seed in range(3) for target in targets
+                for name in dict.fromkeys([standard(target), *functions()])]
+        for job in work[part::parts]:
+            run(*job, given.data_dir)
