@@ -120,8 +120,8 @@ class Cell(nn.Module):
 
     @torch.no_grad()
     def reset(self, spread: float = 1e-3, start: float = 0.0) -> None:
-        """All operations, scalars at their first values, alphas ~ N(0, spread^2), nothing collected. start, for
-        softmax only: weight of the standard in the last U(x) and of right in the last B, if it has both."""
+        """All operations, scalars at their first values, alphas ~ N(0, spread^2), nothing collected. start,
+        for softmax only: weight of the standard in the last U(x), of right in the last B, if it has both."""
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not dropped, by choice point
         for alpha, scalars, ops in zip(self.alpha, self.scalars, self.ops):
             alpha.normal_(0.0, spread)

@@ -209,6 +209,10 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
 
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of (batch, classes) or (batch, time, vocabulary) logits."""
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
 def generator(stream: str, seed: int, k: int) -> torch.Generator:
     """Random numbers that depend on these three alone, so that a resumed run draws the same."""
     low, high = zlib.crc32(f'{stream} {seed} {k}'.encode()), zlib.crc32(f'{k} {seed}'.encode())

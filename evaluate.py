@@ -2,8 +2,7 @@
 
 For a seed all activations get the same initial weights and batches, so that differences are paired. The last
 step counts, and the test set is touched once a run. A finished run is a line in a ledger: the same command
-goes on where it was stopped, and the ledgers of several machines are joined by `cat`. `train` is the one
-training loop of the project.
+goes on where it was stopped, and the ledgers of several machines are joined by `cat`.
 """
 import argparse
 import copy
@@ -23,8 +22,8 @@ from torch import Tensor
 
 import data
 from activation import NAMED, Activation, Tree, evaluate as values, named, nonlinearity
-from data import average, is_first, seed_everything
-from models import STANDARD, cross_entropy, network
+from data import average, cross_entropy, is_first, seed_everything
+from models import STANDARD, network
 from ops import check_choice
 from plot import append, card, comparison, one_line_errors, read_ledger, report
 from space import Space
@@ -367,10 +366,13 @@ def main(arguments: Optional[list[str]] = None) -> None:
         if 'ops' in given:
             raise ValueError('--ops is of --nearest alone: leave it out')
         if 'report' in given:
-            rows = [row for path in given['report'] for row in read_ledger(Path(path))]
-            if not rows:
-                raise ValueError(f"no runs in {', '.join(given['report'])}: give the file of --out")
+            ledgers = {path: read_ledger(Path(path)) for path in given['report']}
+            if empty := [path for path, rows in ledgers.items() if not rows]:
+                raise ValueError(f"no runs in {', '.join(empty)}: give the file of --out")
+            rows = sum(ledgers.values(), [])
         else:
+            if 'plot' in given and not Path(given['plot']).absolute().parent.is_dir():
+                raise ValueError(f"--plot {given['plot']} is in no folder that exists")
             config = configure(Training, PRESETS, given)
             names = [name.strip() for name in given.get('baselines', BASELINES).split(',')]
             names = [*given.get('activations', ()), *(name for name in names if name not in ('', 'none')),

@@ -6,6 +6,7 @@
 """
 import functools
 import hashlib
+import importlib
 import inspect
 import re
 import runpy
@@ -187,10 +188,6 @@ def teacher_and_student(planted: Make, searched: Make, inputs: int = 16, hidden:
     student.first = teacher.first
     return teacher.eval().requires_grad_(False), student
 
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of (batch, classes) or (batch, time, vocabulary) logits."""
-    return F.cross_entropy(output.flatten(0, -2), target.flatten())
-
 # ---- any other network ----
 
 ACTIVATIONS = ('relu', 'relu6', 'hardtanh', 'gelu', 'silu', 'leaky_relu', 'elu', 'selu', 'celu', 'hardswish',
@@ -213,11 +210,10 @@ class replaced(nn.Module, TorchFunctionMode):
         self.kinds = re.findall(r'[^\s,]+', only or '') or ACTIVATIONS
         for name in self.kinds:
             check_choice('activation in only', name, ACTIVATIONS + GATES)
-        self.model, self.make, self.sites, self.source = model, make, nn.ModuleList(), ''
+        self.model, self.make, self.sites, self.recording = model, make, nn.ModuleList(), True
         self.index, self.left, self.hidden = {}, {}, []    # calls with a site, without one, out of reach
         self.names = {m: name for name, m in model.named_modules()}
         args, modes = example if isinstance(example, tuple) else (example,), [m.training for m in self.names]
-        self.recording = True
         self.outputs = [self.probe(training, args) for training in (True, False)]
         self.recording = False
         for m, mode in zip(self.names, modes):
@@ -234,7 +230,7 @@ class replaced(nn.Module, TorchFunctionMode):
         once = torch.autograd.graph.disable_saved_tensors_hooks(    # in backward nobody catches it
             'torch.utils.checkpoint calls activations twice, out of reach: switch it off')
         self.model.train(training)
-        # BaseTorchDispatchMode calls kernels as Python functions: those of torch.jit and C++ are seen, too
+        # BaseTorchDispatchMode calls kernels as Python functions: those of torch.jit and C++ are seen
         with torch.random.fork_rng(cuda), torch.set_grad_enabled(training), once, BaseTorchDispatchMode():
             output = torch.func.functional_call(self, buffers, tree_map_only(Tensor, Tensor.clone, args))
             if self.hidden:
@@ -260,7 +256,8 @@ class replaced(nn.Module, TorchFunctionMode):
         kwargs, text = dict(kwargs or {}), getattr(function, '__name__', '').split('.')[0]
         name = text.strip('_')    # of 'relu', 'relu_', '_threshold'
         # out of reach: kernels that came by no call, and calls inside of torch.vmap, which bears no table
-        outside = isinstance(function, torch._ops.OpOverload) or torch._C._functorch.peek_interpreter_stack()
+        outside = isinstance(function, torch._ops.OpOverload) or (
+            self.recording and torch._C._functorch.peek_interpreter_stack())
         if name not in KNOWN or outside:
             if self.recording and (name in self.kinds or name not in KNOWN and FUSED.match(name)):
                 self.hidden.append(name)
@@ -298,6 +295,7 @@ class replaced(nn.Module, TorchFunctionMode):
 
 OWN: list[Path] = []       # the user's file, from when it is run until its network has been probed,
 READ: set[Path] = set()    # and what Python has opened to read in the meantime
+FOLDERS: set[Path] = set()    # of all such files
 FOREIGN = re.compile('|'.join(['<', 'site-packages', *map(re.escape, (    # files that are not the user's
     str(Path(runpy.__file__).parent), __file__, check_choice.__code__.co_filename))]))
 
@@ -307,16 +305,23 @@ def note_reading(event: str, details: tuple) -> None:
         READ.add(Path(re.sub(r'__pycache__.([^.]+).*pyc$', r'\1.py', details[0])).resolve())
 
 def own_network(place: str) -> nn.Module:
-    """What 'path/to/file.py:function' returns. The file is run: it is the user's own code. A file beside it
-    comes before ours of the same name."""
+    """What 'path/to/file.py:function' returns. Files beside it come before ours of the same name."""
     place, _, name = place.rpartition(':')
     file, here, path = Path(place).resolve(), Path(__file__).resolve().parent, list(sys.path)
     if not file.is_file():
         raise ValueError(f'there is no file {file}; write path/to/file.py:function')
-    shared = {p.stem for p in here.glob('*.py')} & {p.name.removesuffix('.py') for p in file.parent.iterdir()}
+    beside = {p.name.removesuffix('.py') for p in file.parent.iterdir()}
+    shared = beside & {p.stem for p in here.glob('*.py')}
     ours = {key: sys.modules.pop(key) for key in shared & sys.modules.keys()}
     sys.path[:] = [str(file.parent), *(p for p in path if Path(p).resolve() != here)]
     OWN[:] = [file]
+    FOLDERS.add(file.parent)
+    READ.clear()
+    importlib.invalidate_caches()
+    for key, module in list(sys.modules.items()):    # what was imported for networks before is read anew
+        parents = Path(getattr(module, '__file__', None) or '').parents
+        if key.split('.')[0] in beside and FOLDERS & set(parents):
+            del sys.modules[key]
     try:
         functions = runpy.run_path(str(file))
         if not callable(functions.get(name)):

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, BinaryIO, Callable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
                 report([row]), row['expression'], row['clip'], row['curve']  # fails where something lacks
                 rows.append(row)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             print(f'warning: {path}, line {k} is cut or no row of a ledger; skipped', file=sys.stderr)
     return rows
 
@@ -95,6 +95,8 @@ class Everything:
     """Weights and all buffers of a network, also those that its own state_dict leaves out, and that grow."""
     def __init__(self, model: nn.Module):
         self.model = model
+        for module in model.modules():  # a buffer made by expand() has no memory of its own
+            module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return itertools.chain(self.model.named_parameters(), self.model.named_buffers())
@@ -102,9 +104,13 @@ class Everything:
     def state_dict(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.tensors()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.tensors():
-            tensor.data = state[name].to(tensor.device, copy=True)
+            if tensor.shape == state[name].shape:
+                tensor.copy_(state[name])  # others may share its memory
+            else:
+                tensor.data = state[name].to(tensor.device, copy=True)
 
 def numpy_state() -> list:
     """As plain numbers: the checkpoint holds no pickled classes."""
@@ -207,6 +213,24 @@ class Run:
         scores = ', '.join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in validation.items())
         print(f'validation:  {scores}\ntime:        {seconds / 60:.1f} minutes\n'
               f'files:       {folder}/{", ".join(FILES[:4])}\nnext:        {shlex.join(command)}', flush=True)
+
+def open_log(path: Path, checkpoint: Optional[dict]) -> BinaryIO:
+    """The log of a run as far as its checkpoint knows it: what came later is done again. Keeps other
+    processes out until this one ends, however it ends (not on Windows)."""
+    log, size = open(path, 'ab'), checkpoint['state']['log_size'] if checkpoint else 0
+    try:
+        import fcntl
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        log.close()
+        raise ValueError(f'{path}: another process is there; choose another --out') from None
+    if log.tell() < size:
+        print(f'note: {path} has been cut, rows are lost', file=sys.stderr)
+        checkpoint['state']['log_size'] = size = 0
+    log.truncate(size)
+    return log
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: beside it, down to the disk, then in its place."""

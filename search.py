@@ -4,6 +4,7 @@ The loop is in `search`: an architecture step (alphas and scalars of the cell, o
 weight step (weights of the network, on training data), strictly separated, while operations are dropped one
 by one (arXiv 2408.06820, sections 3.2 and 3.3). Then a few functions are trained, and the best is the result.
 """
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -25,7 +26,7 @@ from evaluate import (Loss, Parser, Training, call, check_device, configure, cos
                       learning_rate, number, option, precision, score, seed_everything, train,
                       weight_optimizer)
 from models import STANDARD, network, replaced, teacher_and_student
-from plot import FILES, LOG, Everything, Run, one_line_errors, search as picture
+from plot import FILES, LOG, Everything, Run, one_line_errors, open_log, search as picture
 from space import Match, Space
 
 Result = tuple[Activation, dict[str, float]]  # the function found, its scores on validation batches
@@ -64,6 +65,7 @@ class Config(Training):
     trust: float = option(0.8)            # largest relative distance to the standard of a proposal, and
     lengths: tuple = option((3, 4, 5))    # the lengths of which the best are proposed,
     around: bool = option(True)           # and whether only those made with the standard activation
+    trials_from: str = option('scratch')  # or trained: the weights of the descent
     judge: int = option(10)               # validation batches that judge a trial
     digest: str = option('')              # of data and network: a run goes on with the same
 
@@ -92,7 +94,7 @@ PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log'
 TEACHER = dict(data='teacher', teacher='mul(sigmoid(x), x)', batch_size=256, weight_decay=0.0)
 TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.15,
            start=0.95, shrink='none', normalise='centre', temperature=1.0, discretise='project',
-           free_from=0.7, trial_steps=0.15)
+           free_from=0.7, trial_steps=0.15, trials_from='trained')
 RESNET = dict(lr_end=0.1, trust=0.5, lengths=(2,), around=False)
 PRESETS = {
     'quick': {
@@ -134,8 +136,8 @@ def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bo
 
 def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: Iterator, loss: Loss,
            config: Config, run: Optional[Run] = None) -> Result:
-    """Search an activation for `model`, whose activations are sites of `cell`. Batches: endless (input, target)
-    of disjoint data on its device; with state_dict() and load_state_dict() where the run has a folder."""
+    """Search an activation for `model`, whose activations are sites of `cell`. Batches: endless (input,
+    target) of disjoint data on its device; with state_dict() and load_state_dict() for a run folder."""
     weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
     if not weights:
@@ -209,7 +211,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         else:
             trouble = blame(model, cell, x) | {'skipped': 'weights'}
             for b, old in zip(running, before):
-                b.data = old
+                b.copy_(old)
         weight_opt.zero_grad()
 
         # 3. Progressive shrinking: drop what the alphas like least, until each choice point has one left.
@@ -278,8 +280,7 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
 
 def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
                val_batches: Iterator, loss: Loss, config: Config, run: Run) -> Result:
-    """The best of the proposals on validation data, trained on the same batches from the same weights:
-    `initial`, or for a planted function those of the descent."""
+    """The best of the proposals on validation data, trained on the same batches from the same weights."""
     functions, judge = proposals(cell, config), repeatable(val_batches, config.judge)
     if not config.candidates:
         cell.freed = False  # the free curve is no part of the function
@@ -290,12 +291,12 @@ def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_b
         return functions[0], score(model, judge(), loss)
     trial = dataclasses.replace(config, steps=max(2, round(config.trial_steps * config.steps)))
     batches, everything = repeatable(train_batches, trial.steps * config.accumulate), Everything(model)
-    start = everything.state_dict() if config.teacher else initial
+    start = initial if config.trials_from == 'scratch' else everything.state_dict()
     results, seen = run.state['results'], cell.seen.clone()
     for f in [cell.standard, *functions]:
         if f.expression not in results:
             everything.load_state_dict(start)
-            cell.use_standard() if f is cell.standard else cell.use(cell.fitted(f) if config.teacher else f)
+            cell.use_standard() if f is cell.standard else cell.use(f if start is initial else cell.fitted(f))
             train(model, batches(), loss, trial)
             results[f.expression] = result = score(model, judge(), loss)
             everything.load_state_dict(start)  # what is saved now must propose the same functions again
@@ -330,8 +331,9 @@ def begin(given: dict[str, Any]) -> Config:
     """The settings of a new run. Raises ValueError for options that do not fit together."""
     config = configure(Config, PRESETS, (PAPER if given.get('method') == 'paper' else {}) | given)
     planted = config.data == 'teacher'
-    if given.keys() & ({'data_dir', 'side', 'only', 'context'} if planted else {'teacher'}):
-        raise ValueError('--teacher makes the data of toy: no --data, --data-dir, --side, --context, --only')
+    if given.keys() & ({'data_dir', 'side', 'only', 'tokens', 'context'} if planted else {'teacher'}):
+        raise ValueError('--teacher makes the data: leave out --data, --data-dir, --side, --only, --tokens, '
+                         '--context')
     config.teacher = config.teacher if planted else ''
     if planted and math.isnan(nonlinearity(named(config.teacher))):
         raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')
@@ -368,7 +370,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
         config, checkpoint = (begin(given), None) if new else resume(Path(given['resume']), given)
         place, digest = Path(config.out), config.digest
         for file in [place / name for name in FILES[:None if new else 1] if is_first()]:
-            if file.exists():
+            if file.exists() and file.stat().st_size:
                 raise ValueError(f'{file} already exists; choose another --out, or go on by --resume {place}')
         model, cell, train_batches, val_batches, loss = prepare(config)
         if checkpoint and config.digest != digest:
@@ -377,14 +379,12 @@ def main(arguments: Optional[list[str]] = None) -> None:
         print(f'{config.model} with {sites} on {config.data}: {config.steps} steps; run folder {place}',
               flush=True)
         place.mkdir(parents=True, exist_ok=True)
-        if is_first():
-            with open(place / LOG, 'ab') as file:  # what came after the checkpoint is done again
-                file.truncate(min(checkpoint['state']['log_size'], file.tell()) if checkpoint else 0)
-        folder = place
-        run = Run(config, folder if is_first() else None, checkpoint)
-        found, validation = search(model, cell, train_batches, val_batches, loss, config, run)
-        if is_first():
-            run.finish(found, validation)
+        with open_log(place / LOG, checkpoint) if is_first() else contextlib.nullcontext():
+            folder = place
+            run = Run(config, folder if is_first() else None, checkpoint)
+            found, validation = search(model, cell, train_batches, val_batches, loss, config, run)
+            if is_first():
+                run.finish(found, validation)
 
 if __name__ == '__main__':
     main()

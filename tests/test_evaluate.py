@@ -275,6 +275,7 @@ def test_report_keeps_settings_apart(tmp_path, capsys):
     assert report(sum(ledgers.values(), [])) in text and text.count('| activation ') == 3 and '1/1' in text
     assert [text.count(f'minus {name}') for name in ('relu', 'own', 'gelu')] == [1, 1, 1]
     assert '5 steps of 16' in text and '| test loss | minus gelu' in text
+    refused(['--report', tmp_path / 'a', tmp_path / 'typo'], capsys, main=evaluate.main)
 
 # ---- half precision, compilers, several processes, waits ----
 

@@ -169,6 +169,7 @@ def test_a_replaced_network_is_a_module():
         assert not torch.equal(other(x), twin(x))
     twin.load_state_dict(other.state_dict())
     assert torch.equal(other(x), twin(x)) and other(x[:0]).shape == (0, 3)
+    torch.testing.assert_close(torch.vmap(lambda v: other(v[None])[0])(x), other(x))
 
 # ---- --model ----
 

@@ -359,6 +359,9 @@ def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(elsewhere)
     ended(os, 'fsync', OSError(28, 'No space left on device'), 2, '--resume', '../my ü/run')
     (home / 'data').rename('moved')
+    with open(home / 'run/log.jsonl', 'a') as other:
+        pytest.importorskip('fcntl', reason='there are no such locks on Windows').flock(other, 1)  # shared
+        assert 'another process' in refused(['--resume', home / 'run', '--data-dir', 'moved'], capsys)
     for wrong, words in ((), f'{home}/data'), (('--steps', 7), 'steps is 4'), (('--device', 'x'), 'device x'):
         assert words in refused(['--resume', home / 'run', *wrong], capsys)
     (home / 'nets.py').write_text(NETS.replace('0.9 *', '0.8 *'))
@@ -372,6 +375,26 @@ def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
     assert own['name'] == 'own' and found['expression'] != 'own'
     assert own['settings'] == found['settings'] == own['settings'] | {'side': 16, 'only': 'gelu'}
     assert 'activation.json already' in refused(['--resume', home / 'run'], capsys)
+
+def test_what_is_lost_or_empty(tmp_path, capsys):
+    """A log that was cut is said, and begins anew with the settings; an empty one is no run."""
+    (tmp_path / 'log.jsonl').touch()
+    run(tmp_path, '--steps', '4')
+    (tmp_path / 'activation.json').unlink()
+    (tmp_path / 'log.jsonl').write_bytes(b'{"con')
+    search.main(['--resume', str(tmp_path)])
+    assert 'log.jsonl has been cut' in capsys.readouterr().err and log(tmp_path)[0]['standard'] == 'abs(x)'
+
+def test_memory_that_is_shared():
+    """Weights that are views of others stay tied when a state comes back."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    model[1].weight = nn.Parameter(model[0].weight.data.t())
+    everything = search.Everything(model)
+    state = everything.state_dict()
+    model[0].weight.data.zero_()
+    everything.load_state_dict(state)
+    model[0].weight.data.add_(1)
+    assert torch.equal(model[1].weight, model[0].weight.t()) and model[0].weight.std() > 0
 
 # ---- the command line ----
 
@@ -399,6 +422,8 @@ WRONG = [line.strip().split(' => ') for line in '''
     evaluate --card relu --nearest mish => would ignore
     evaluate --card relu silu => --card would ignore activations
     evaluate --nearest relu --plot a.png => --nearest would ignore plot
+    evaluate --plot nowhere/a.png => no folder that exists
+    search --model toy --tokens gpt2 => leave out
     evaluate --model toy --out /dev/null => is no ledger
     evaluate --model toy --out . => .'''.strip().splitlines()]
 
