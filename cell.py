@@ -113,6 +113,8 @@ class Cell(nn.Module):
         """A site for one more place in a network; standard: the function of a tensor that stood there."""
         self.sites += 1
         self.standards.append(standard or self.standard)
+        if self.functions is not self.standards:  # a branch that the network takes later: until the next table
+            self.functions = [*self.functions, self.standards[-1]]
         x = self.grid[self.bins]
         self.seen = torch.cat([self.seen, torch.softmax(-x.square() / 2, 0)[None]])  # N(0, 1) at first
         self.usual = torch.cat([self.usual, self.standards[-1](x).detach()[None]])
@@ -197,7 +199,8 @@ class Cell(nn.Module):
     def collect(self, slopes: Tensor, early: bool) -> None:
         """Add dL/df at the standard activations, (sites, points), to `gradient`, the inputs to `inputs` and
         perhaps `early`. Without what 1 and x would change at a site: the layers around make up for it."""
-        shares = self.seen[:, torch.arange(len(self.grid)) * BINS // len(self.grid)] * (BINS / len(self.grid))
+        points = len(self.grid)  # slopes: without a site that has come since the tables were made
+        shares = self.seen[:len(slopes), torch.arange(points) * BINS // points] * (BINS / points)
         lines = torch.stack([torch.ones_like(self.grid), self.grid])               # (2, points)
         moments = torch.linalg.pinv((lines * shares[:, None]) @ lines.T)           # (sites, 2, 2)
         fit = (slopes @ lines.T)[:, None] @ moments @ lines                        # (sites, 1, points)

@@ -180,6 +180,16 @@ def test_inputs_are_observed_in_weight_steps_only(draw, training, gradient, seen
         site.train(training)(torch.full((40, 3), 2.0))
     assert [not torch.equal(a, b) for a, b in zip(before, cell.seen)] == [seen, False]
 
+def test_a_site_that_comes_later():
+    """It has its standard activation until the next table; the others keep theirs."""
+    cell, (site,) = random_cell()
+    cell.tabulate()
+    x = torch.randn(9)
+    y, late = site(x), cell.site(torch.sin)
+    assert torch.equal(late(x), torch.sin(x)) and torch.equal(site(x), y)
+    cell.tabulate()
+    assert torch.equal(late(x), site(x)) and len(cell.functions) == 2
+
 def test_the_free_curve():
     """It is added where it is set free, linear between its 97 points, a quarter apart: a hat around each."""
     cell, _ = random_cell()
