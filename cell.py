@@ -113,7 +113,7 @@ class Cell(nn.Module):
         """A site for one more place in a network; standard: the function of a tensor that stood there."""
         self.sites += 1
         self.standards.append(standard or self.standard)
-        if self.functions is not self.standards:  # a branch that the network takes later: until the next table
+        if self.functions is not self.standards:  # a branch taken later: its standard until the next table
             self.functions = [*self.functions, self.standards[-1]]
         x = self.grid[self.bins]
         self.seen = torch.cat([self.seen, torch.softmax(-x.square() / 2, 0)[None]])  # N(0, 1) at first

@@ -1,7 +1,4 @@
-"""What is kept and shown: run folders, ledgers, tables, pictures, errors in one line.
-
-Pictures need matplotlib.
-"""
+"""What is kept and shown: run folders, ledgers, tables, pictures (with matplotlib), errors in one line."""
 import contextlib
 import dataclasses
 import io
@@ -296,7 +293,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 def pyplot() -> Any:
     """matplotlib.pyplot, set up to draw into files."""
-    import matplotlib.pyplot as plt  # optional: evaluate.one_line_errors says how to get it
+    import matplotlib.pyplot as plt  # optional: one_line_errors says how to get it
     plt.switch_backend('Agg')
     plt.rcParams['font.size'] = 12
     return plt
@@ -324,7 +321,7 @@ def search(folder: Path) -> Path:
     """Draw search.png of a run from its log: the function over the steps, the losses, the weights."""
     plt, result = pyplot(), folder / 'activation.json'
     try:
-        lines = (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()
+        lines = (folder / LOG).read_text(encoding='utf-8').splitlines()
         first, *rows = [json.loads(line) for line in lines if line.endswith('}')]  # the last may be cut
         config, rows = first['config'], [row for row in rows if 'weights' in row]
         steps, choices = [row['step'] for row in rows], rows[0]['weights']

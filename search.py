@@ -327,13 +327,13 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
                                 config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
     return model.to(config.device), cell.to(config.device), *batches, loss
 
-def begin(given: dict[str, Any]) -> Config:
+def new_config(given: dict[str, Any]) -> Config:
     """The settings of a new run. Raises ValueError for options that do not fit together."""
     config = configure(Config, PRESETS, (PAPER if given.get('method') == 'paper' else {}) | given)
     planted = config.data == 'teacher'
     if given.keys() & ({'data_dir', 'side', 'only', 'tokens', 'context'} if planted else {'teacher'}):
-        raise ValueError('--teacher makes the data: leave out --data, --data-dir, --side, --only, --tokens, '
-                         '--context')
+        raise ValueError('--teacher is of --model toy and makes its data: leave out --data, --data-dir, --side, '
+                         '--only, --tokens and --context')
     config.teacher = config.teacher if planted else ''
     if planted and math.isnan(nonlinearity(named(config.teacher))):
         raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')
@@ -346,7 +346,7 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
     try:
         checkpoint = torch.load(folder / 'checkpoint.pt', map_location='cpu', weights_only=True)
         config = Config(**{**checkpoint['config'], 'out': str(folder)})
-        assert checkpoint['random'] and checkpoint['parts'] and checkpoint['state']['log_size'] >= 0
+        checkpoint['random'], checkpoint['parts'], int(checkpoint['state']['log_size'])
     except Exception as error:  # torch.load raises a dozen kinds on files that are something else
         raise ValueError(f'--resume {folder}: no checkpoint of a run ({type(error).__name__})') from None
     for name in vars(config).keys() & given.keys() - {'out', 'data_dir', 'device'}:
@@ -367,7 +367,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
         if 'plot' in given:
             return print(picture(Path(given['plot'])))
         new = 'resume' not in given
-        config, checkpoint = (begin(given), None) if new else resume(Path(given['resume']), given)
+        config, checkpoint = (new_config(given), None) if new else resume(Path(given['resume']), given)
         place, digest = Path(config.out), config.digest
         for file in [place / name for name in FILES[:None if new else 1] if is_first()]:
             if file.exists() and file.stat().st_size:

@@ -15,7 +15,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -24,25 +24,28 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 
 import data
+from activation import Activation
 from evaluate import PRESETS, Training, configure, evaluate, read_ledger, resolve
 from models import STANDARD
 from plot import column, compare
 
 LEDGER, RUNS = HERE / 'transfer.jsonl', HERE / 'evening'
-FOUND = {  # network -> what searches found there: results/evening/, two by our default and one quick search
+FOUND = {  # network -> what searches found there: the evening's (results/evening/), and quick ones
     'resnet20': ['elu', 'resnet20-paper-0.json', 'resnet20-paper-1.json'],
     'vit_tiny': ['vit_tiny-ours-0.json', 'square(gelu(x))', 'vit_tiny-paper-0.json'],
-    'minigpt': ['minigpt-ours-1.json', 'minigpt-ours-0.json', 'add(relu(x), min0(sub(square(x), sigmoid(x))))']}
+    'minigpt': ['minigpt-ours-1.json', 'minigpt-ours-0.json',
+                'add(relu(x), min0(sub(square(x), sigmoid(x))))']}
 USUAL = ['relu', 'gelu', 'silu', 'elu', 'relu2']
 TARGETS: dict[str, dict[str, Any]] = {  # name -> settings of the training
-    'resnet32': dict(model='resnet32'), 'resnet20, CIFAR-100': dict(model='resnet20', data='cifar100', side=16),
+    'resnet32': dict(model='resnet32'),
+    'resnet20, CIFAR-100': dict(model='resnet20', data='cifar100', side=16),
     'vit_small': dict(model='vit_small'), 'tinygpt': dict(model='tinygpt'), 'elman': dict(model='elman'),
     'mobilenet_v2': dict(model='torchvision:mobilenet_v2', batch_size=64, lr=1e-3)}
 
-def functions() -> dict[str, Any]:
-    """All of them, by name: found ones and usual ones."""
-    names = itertools.chain(*FOUND.values(), USUAL)
+def by_name(names: Iterable[str]) -> dict[str, Activation]:
     return dict(resolve(str(RUNS / name) if name.endswith('.json') else name) for name in names)
+
+FUNCTIONS = by_name(itertools.chain(*FOUND.values(), USUAL))
 
 def standard(target: str) -> str:
     return STANDARD.get(TARGETS[target]['model'], 'own')
@@ -51,15 +54,14 @@ def run(target: str, name: str, seed: int, data_dir: str) -> None:
     """One training, if the ledger lacks it. name: of a function, or own: what the network comes with."""
     settings = TARGETS[target] | ({'data_dir': data_dir} if 'CIFAR' in target else {})
     config = configure(Training, PRESETS, settings | {'out': str(LEDGER)})
-    f = None if name == 'own' else functions().get(name) or resolve(name)[1]
+    f = None if name == 'own' else FUNCTIONS.get(name) or resolve(name)[1]
     evaluate({name: f}, config, [seed])
 
 def report() -> str:
     """A row a function: its mean test loss minus that of the standard, by target, with half its interval."""
     rows, text = read_ledger(LEDGER), ['| function | found on |', '|---|---|']
-    origin = {resolve(str(RUNS / name) if name.endswith('.json') else name)[0]: network
-              for network, names in FOUND.items() for name in names}
-    cells = {name: [] for name in functions()}
+    origin = {name: network for network, names in FOUND.items() for name in by_name(names)}
+    cells = {name: [] for name in FUNCTIONS}
     for target, settings in TARGETS.items():
         mine = [row for row in rows if row['settings']['model'] == settings['model']
                 and ('CIFAR' in target) == (row['settings']['data'] == 'cifar100')]
@@ -87,6 +89,6 @@ if __name__ == '__main__':
         if not importlib.util.find_spec('torchvision'):
             targets.remove('mobilenet_v2')
         work = [(target, name, seed) for seed in range(3) for target in targets
-                for name in dict.fromkeys([standard(target), *functions()])]
+                for name in dict.fromkeys([standard(target), *FUNCTIONS])]
         for job in work[part::parts]:
             run(*job, given.data_dir)
