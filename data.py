@@ -124,7 +124,7 @@ def find(name: str, data_dir: str | None) -> list[tuple[str, bytes]]:
             if all(paths := [there.get(file.lower()) for file in layout.split()]):
                 return [(str(path), path.read_bytes()) for path in paths]
     raise ValueError(f"{place} has not all of {', or '.join(layouts)}; get {' and '.join(downloads)} from "
-                     f'{base} (files of another layout, such as pickles, which can run any code, are never read)')
+                     f'{base} (other layouts, such as pickles, which can run any code, are never read)')
 
 def images(name: str, path: str, raw: bytes, side: int) -> Part:
     """Pixels and labels of one file. CIFAR: records of label bytes, then pixels, colour by colour."""

@@ -332,8 +332,8 @@ def new_config(given: dict[str, Any]) -> Config:
     config = configure(Config, PRESETS, (PAPER if given.get('method') == 'paper' else {}) | given)
     planted = config.data == 'teacher'
     if given.keys() & ({'data_dir', 'side', 'only', 'tokens', 'context'} if planted else {'teacher'}):
-        raise ValueError('--teacher is of --model toy and makes its data: leave out --data, --data-dir, --side, '
-                         '--only, --tokens and --context')
+        raise ValueError('--teacher is of --model toy and makes its data: leave out --data, --data-dir, '
+                         '--side, --only, --tokens and --context')
     config.teacher = config.teacher if planted else ''
     if planted and math.isnan(nonlinearity(named(config.teacher))):
         raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')

@@ -181,7 +181,8 @@ def test_inputs_are_observed_in_weight_steps_only(draw, training, gradient, seen
     assert [not torch.equal(a, b) for a, b in zip(before, cell.seen)] == [seen, False]
 
 def test_a_site_that_comes_later():
-    """It has its standard activation until the next table; the others keep theirs."""
+    """It has its standard activation until the next table; the others keep theirs. `reset` forgets what was
+    collected, to which a site without a table adds nothing."""
     cell, (site,) = random_cell()
     cell.tabulate()
     x = torch.randn(9)
@@ -189,6 +190,13 @@ def test_a_site_that_comes_later():
     assert torch.equal(late(x), torch.sin(x)) and torch.equal(site(x), y)
     cell.tabulate()
     assert torch.equal(late(x), site(x)) and len(cell.functions) == 2
+    cell.site()
+    cell.collect(torch.randn(2, len(cell.grid)), early=True)
+    cell.free.data.fill_(1.0)
+    collected = cell.gradient, cell.inputs, cell.early, cell.free
+    assert all(t.any() for t in collected)
+    cell.reset()
+    assert not any(t.any() for t in collected)
 
 def test_the_free_curve():
     """It is added where it is set free, linear between its 97 points, a quarter apart: a hat around each."""
