@@ -5,6 +5,7 @@
     python results/bench.py --device cuda --dtype bfloat16
     python results/bench.py --scaling          larger networks of each family: a bi-level step and a plain one
     python results/bench.py --profile          what the time of a bi-level step goes to
+    python results/bench.py --paper            how long a search with the preset paper takes
 
 The loop of search.py itself is timed, in the preset quick, on random images of 32 x 32 or random text. After
 each of its steps all others have their turn, so that other work on the machine meets all alike; times are
@@ -56,8 +57,9 @@ class Setting:
     def __init__(self, model: str, batch: int, cell: Optional[type[Cell]], rounds: int, **options: Any):
         draw = torch.Generator().manual_seed(0)
         if model.endswith('gpt'):
-            text = torch.randint(256, (400_000,), generator=draw, dtype=torch.uint8)
-            dataset = data.Dataset('random', 'text', text, text, 256)
+            tokens = 50257 if options.get('preset') == 'paper' else 256
+            text = torch.randint(tokens, (400_000,), generator=draw, dtype=torch.int32)
+            dataset = data.Dataset('random', 'text', text, text, tokens)
         else:
             part = (torch.randint(256, (2048, 3, 32, 32), generator=draw, dtype=torch.uint8),
                     torch.randint(10, (2048,), generator=draw))
@@ -168,6 +170,30 @@ def scaling(rounds: int, device: str) -> None:
         print(f"| {model} | {weights:,} | {batch} | {ms['plain']:.0f} | {bilevel:.0f} "
               f"| {bilevel / ms['plain']:.2f} | {mb[0]:.0f} | {mb[1]:.0f} |", flush=True)
 
+class Pace(Run):
+    """times: when each step of a search ended."""
+    times: list[float] = []
+
+    def after(self, *arguments: Any) -> None:
+        super().after(*arguments)
+        if self.config.device != 'cpu':
+            torch.cuda.synchronize()
+        self.times = [*self.times, time.perf_counter()]
+
+def paper(models: list[str], rounds: int, device: str) -> None:
+    """Prints what a step of the preset paper takes, with all operations, and a search at this pace."""
+    print('| network | --dtype | --compile | to the second step, s | step, ms | whole search, minutes |')
+    print('|---|---|---|---|---|---|')
+    for compiled, dtype, model in itertools.product((False, True), ('float32', 'bfloat16'), models):
+        c = configure(Config, PRESETS, dict(model=model, preset='paper', device=device))
+        setting = Setting(model, c.batch_size, Cell, rounds, preset='paper', device=device, dtype=dtype,
+                          compile=compiled)
+        pace, begin = Pace(setting.config), time.perf_counter()
+        search(setting.model, setting.cell, setting.train, setting.val, cross_entropy, setting.config, pace)
+        step = statistics.median(b - a for a, b in itertools.pairwise(pace.times[1:]))
+        print(f"| {model} | {dtype} | {'yes' if compiled else 'no'} | {pace.times[1] - begin:.1f} "
+              f"| {1000 * step:.0f} | {step * c.steps / 60:.1f} |", flush=True)
+
 def peak() -> float:
     """MB: the largest resident size of this process so far."""
     unit = 1024 ** 2 if sys.platform == 'darwin' else 1024
@@ -237,6 +263,7 @@ def main() -> None:
     parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
     parser.add_argument('--scaling', action='store_true', help='larger networks instead')
     parser.add_argument('--profile', action='store_true', help='what a bi-level step spends time on instead')
+    parser.add_argument('--paper', action='store_true', help='how long a search of the preset paper takes')
     parser.add_argument('--space', action='store_true', help=argparse.SUPPRESS)  # what `alone` starts
     given = parser.parse_args()
     if given.scaling:
@@ -244,6 +271,8 @@ def main() -> None:
     if given.space:
         return print(json.dumps(whole_space()))
     models = [given.only] if given.only else list(SIZES)
+    if given.paper:
+        return paper(models, given.rounds, given.device)
     if given.profile:
         shares = {model: profile(model, given.rounds) for model in models}
         for cells in (['network', *PARTS, 'drawing', 'rest'], 8 * ['---'],

@@ -9,9 +9,11 @@ results/evening.jsonl, so the same command goes on. FOLDER holds CIFAR-10 and Ti
     tune       the standard activation at three learning rates, seed 90; the best is used for all trainings
     searches   two a network by our default (`ours`), two by the paper's procedure (`--method paper`)
     trainings  what was found, known functions and a random one, seeds 0 to 2
-    lengths    eight functions at a quarter and four times (resnet20: a sixteenth) of the steps, seeds 0 to 2
+    lengths    seven or more at a quarter and four times (resnet20: a sixteenth) of the steps, seeds 0 to 2
+    more       the trainings again with seeds 3 and 4
 """
 import argparse
+import functools
 import multiprocessing
 import os
 import sys
@@ -37,7 +39,6 @@ LENGTHS = {'minigpt': (500, 8000), 'resnet20': (488, 1950)}
 def work(connection: Any, data_dir: str, k: int) -> None:
     """A worker: gets jobs (kind, arguments) until there are no more, and says when each is done."""
     sys.stdout = sys.stderr = open(RUNS / f'worker{k}.log', 'a', buffering=1)
-    import functools
     import torch
     import data
     import evaluate
@@ -71,6 +72,15 @@ def best_rate(network: str, rows: list[dict[str, Any]]) -> float:
     return min(tuned, key=lambda row: row['test_loss'] or 99)['settings']['lr']
 
 
+@functools.cache
+def expression(name: str) -> str:
+    from evaluate import resolve
+    return resolve(name)[1].expression
+
+def once(names: list[str]) -> list[str]:
+    """One name for each function: a search may have found a known one."""
+    return list({expression(name): name for name in reversed(names)}.values())[::-1]
+
 def jobs(rows: list[dict[str, Any]]) -> Iterator[tuple[str, tuple]]:
     """What can be done now, the most important first; what is in the ledger is included."""
     for network, rates in NETWORKS.items():
@@ -80,16 +90,20 @@ def jobs(rows: list[dict[str, Any]]) -> Iterator[tuple[str, tuple]]:
     ended = {s: (RUNS / '{}-{}-{}'.format(*s) / 'activation.json').exists() for s in searches}
     yield from (('search', s) for s in searches if not ended[s])
     tuned = {n: sum(row['seed'] == 90 and row['settings']['model'] == n for row in rows) for n in NETWORKS}
+    more = []
     for network in (n for n in NETWORKS if tuned[n] == len(NETWORKS[n])):
         rate = {'lr': best_rate(network, rows)}
         found = [str(RUNS / '{}-{}-{}'.format(*s)) for s in searches if s[0] == network and ended[s]]
-        names = [STANDARD[network], *found, *BASELINES, *KNOWN[network], 'random_0']
-        names = dict.fromkeys(names)  # each once
+        known = [STANDARD[network], *BASELINES, *KNOWN[network], 'random_0']
+        names = once([*found, *known])
         yield from (('train', (network, name, seed, rate)) for seed in range(3) for name in names)
+        more += [('train', (network, name, seed, rate)) for seed in (3, 4) for name in names]
         if all(ended[s] for s in searches if s[0] == network):
-            few = dict.fromkeys([STANDARD[network], *found[:1], *BASELINES, *KNOWN[network], 'random_0'])
+            few = {expression(name) for name in (found[0], *known)}
             yield from (('train', (network, name, seed, rate | {'steps': steps}))
-                        for steps in LENGTHS.get(network, ()) for seed in range(3) for name in few)
+                        for steps in LENGTHS.get(network, ()) for seed in range(3)
+                        for name in names if expression(name) in few)
+    yield from reversed(more)  # resnet20 first, whose differences are small
 
 
 def master(data_dir: str, workers: int, minutes: float) -> None:
