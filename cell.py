@@ -3,6 +3,7 @@
 The paper's cell (figure 2) has six choice points: b0 = B0(U0(x), U1(x)); f = B1(U2(b0), U3(x)). The alphas
 weigh the operations; gradient descent learns them. For given weights the cell is a function of ONE number. So
 `Cell.tabulate` evaluates it on a grid, and the millions of activations of a network are looked up there."""
+import functools
 import math
 from typing import Any, Callable, Iterator, Optional
 
@@ -29,6 +30,10 @@ def lines(values: Tensor, limit: float = LIMIT) -> Tensor:
     rise, steps = values.diff(), values.shape[-1] - 1
     left = torch.arange(steps, device=values.device) - steps / 2  # end of an interval, in steps from 0
     return torch.complex(values[..., :-1] - rise * left, rise * (steps / (2 * limit)))
+
+@functools.lru_cache(256)  # subtle: a list as index would make a GPU wait for it each time
+def places(active: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(active, device=device)
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat views in the order of memory, piece by piece (one on a GPU), all laid out as the last tensor."""
@@ -97,6 +102,7 @@ class Cell(nn.Module):
         self.ops = tuple(select(ops)[len(inputs) - 1] for _, *inputs in SHAPES[shape])  # unary or binary ones
         self.alpha = nn.ParameterList(torch.empty(len(ops)) for ops in self.ops)
         self.scalars = nn.ParameterList(torch.empty(len(ops)) for ops in self.ops)
+        self.kept = None, {}  # the grid, and by name what operations make of it
         self.free, self.freed = nn.Parameter(torch.zeros(97)), False  # see `tabulate`
         self.temperature = 1.0  # of the softmax sampler: towards 0 all weight goes to the highest alpha
         self.standard, self.standards, self.sites = named(standard), [], 0
@@ -141,8 +147,7 @@ class Cell(nn.Module):
         rows: sites, or 1 for all. noise: False for the mean weights, one row."""
         weights, rows = [], max(self.sites, 1) if self.sampler == 'dirichlet' else 1
         for alpha, active in zip(self.alpha, self.active):
-            each = alpha.unbind()  # subtle: alpha[active] would make a GPU wait for the list
-            alpha = torch.stack([each[j] for j in active])
+            alpha = alpha.index_select(0, places(tuple(active), alpha.device))
             c = (F.elu(alpha) + 1).clamp(min=1e-2)  # the concentrations; torch's sampler is wrong below 1e-3
             if self.sampler == 'softmax':
                 weights.append((alpha / self.temperature).softmax(0)[None])
@@ -155,14 +160,20 @@ class Cell(nn.Module):
     def evaluate(self, x: Tensor, weights: list[Tensor], watch: Optional[Callable] = None) -> Tensor:
         """(rows, points) the relaxed cell op by op: the reference, and what fills the tables. x: (points,).
         weights: as of `sample`. watch: gets each operation's name, 'U2:exp', and its unclipped output."""
+        if self.kept[0] is not self.grid:  # what does not change is computed once: no scalar, same input
+            self.kept = self.grid, {op.name: op(self.grid, clip=self.clip) for op in self.ops[0]
+                                    if op.scalar is None}
         outputs = {'x': x}
         for k, (choice, *names) in enumerate(SHAPES[self.shape]):
-            inputs, ops, scalars = [outputs[name] for name in names], self.ops[k], self.scalars[k].unbind()
-            values = [ops[j](*inputs, p=scalars[j], clip=self.clip) for j in self.active[k]]
+            inputs, ops = torch.broadcast_tensors(*(outputs[name] for name in names)), self.ops[k]
+            known = self.kept[1] if x is self.grid and names == ['x'] else {}
+            scalars = {j: self.scalars[k][j] for j in self.active[k] if ops[j].scalar is not None}
+            values = [known[ops[j].name] if ops[j].name in known else
+                      ops[j](*inputs, p=scalars.get(j), clip=self.clip) for j in self.active[k]]
             for j in self.active[k] if watch else ():
-                watch(f'{choice}:{ops[j].name}', ops[j](*inputs, p=scalars[j], clip=None))
+                watch(f'{choice}:{ops[j].name}', ops[j](*inputs, p=scalars.get(j), clip=None))
             if len(values) > 1:
-                stack = torch.stack(torch.broadcast_tensors(*values), -2)  # ([rows,] operations, points)
+                stack = torch.stack(values, -2)  # ([rows,] operations, points)
                 values = [(weights[k][:, None, :] @ stack).squeeze(-2)]    # (rows, points)
             outputs[choice] = values[0]
         return outputs[choice].reshape(-1, len(x))

@@ -142,6 +142,8 @@ def test_drops_leave_the_activation_of_the_tree(shape, ops, seed, tmp_path):
     with torch.no_grad():
         for same in (cell.curve, other.curve, f, Activation(parse(write(cell.tree())))):
             assert torch.equal(same(x), cell.evaluate(x, cell.sample())[0])
+        for cell in (cell, other.double()):  # what is kept for the grid is what any other input gives
+            assert torch.equal(*(cell.evaluate(x, cell.sample()) for x in (cell.grid, cell.grid.clone())))
         error = (site(x) - f.double()(x.double())).abs()
     assert (error <= 1e-3).double().mean() >= 0.99 and error.median() < 2e-5, f.expression
 
