@@ -1,0 +1,166 @@
+"""Searches on real networks with one setting changed, and what they find from scratch. Two groups:
+
+    paper    the paper's descent (--method paper), 400 steps: warm start, clipping, and how sensitive it is
+    spaces   the default, with other operations and cells; what is left of the descent, with one cell for all
+             sites and with a cell of its own for each
+
+    python results/variations.py --seeds 0:3 --part 0/2    and 1/2 beside it: three hours on two cores
+    python results/variations.py --report LEDGER...        the tables
+
+Networks, data and trainings are those of the preset quick. A search with seed s is followed by one training
+of what it found, with seed s, tested once, beside the standard activation. Rows are not repeated.
+"""
+import functools
+import itertools
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import data
+import evaluate
+import search
+from activation import Activation, Tree, cell_tree, named
+from cell import Cell
+from first_experiments import Counting
+from models import STANDARD, network
+from planted import command_line, share
+from plot import compare
+
+MODELS = ('minigpt', 'resnet20')
+PAPER = dict(search.PAPER, steps=400)
+OWN = dict(discretise='shrink', candidates=0, shrink='none')  # the highest alphas after the default's descent
+SETTINGS: dict[tuple[str, str], dict[str, Any]] = {  # (group, name) -> options
+    ('paper', 'as it is: warm start 0.02, clip 10, arch lr 6e-4'): {},
+    **{('paper', f'warm start {share:g}'): dict(warmstart=share, shrink_from=max(share, 0.04))
+       for share in (0.0, 0.125, 0.5)},
+    **{('paper', f'clip {clip}'): dict(clip=clip) for clip in (2.0, None)},
+    **{('paper', f'arch lr {rate:g}'): dict(arch_lr=rate) for rate in (2e-4, 1.8e-3)},
+    **{('paper', f'{steps} steps'): dict(steps=steps) for steps in (200, 800)},
+    **{('paper', f'sampler {sampler}'): dict(sampler=sampler) for sampler in ('shared', 'mean', 'softmax')},
+    **{('paper', f'shrinking {pace}'): dict(shrink=pace) for pace in ('linear', 'none')},
+    ('spaces', 'the default: cell paper, operations base'): {},
+    **{('spaces', f'cell {shape}'): dict(cell=shape) for shape in ('core', 'deep')},
+    **{('spaces', f'operations {ops}'): dict(ops=ops) for ops in ('no-composites', 'base,periodic',
+                                                                  'base,swish')},
+    ('spaces', 'descent alone, one cell'): OWN,
+    ('spaces', 'descent alone, a cell a site'): OWN,
+}
+
+class PerSite(Cell):
+    """A cell of its own for each site: alphas are (sites, operations), the weights softmax."""
+    def split(self) -> None:
+        """Once all sites are there."""
+        self.alpha = nn.ParameterList(alpha.detach().repeat(self.sites, 1) for alpha in self.alpha)
+
+    @torch.no_grad()
+    def reset(self, *arguments: float) -> None:
+        mine, self.alpha = self.alpha, nn.ParameterList(torch.empty(len(ops)) for ops in self.ops)
+        super().reset(*arguments)
+        for own, one in zip(mine, self.alpha):
+            own.copy_(one)
+        self.alpha = mine
+
+    def sample(self, noise: bool = True) -> list[Tensor]:
+        return [(alpha[:, active] / self.temperature).softmax(1)
+                for alpha, active in zip(self.alpha, self.active)]
+
+    def trees(self) -> list[Tree]:
+        """Of each site: its highest alphas. Scalars are shared."""
+        found = []
+        for row in zip(*(alpha.argmax(1).tolist() for alpha in self.alpha)):
+            scalars = [scalars[j].item() for scalars, j in zip(self.scalars, row)]
+            found.append(cell_tree(self.shape, [ops[j] for ops, j in zip(self.ops, row)], scalars))
+        return found
+
+    def tree(self) -> Tree:
+        return self.trees()[0]
+
+    def drop(self) -> str:
+        """Called when the descent is over, to leave one a choice point: `trees` is what counts."""
+        return str(max(self.active, key=len).pop())
+
+@functools.cache
+def scratch(expressions: tuple[str, ...], clip: float, model: str, seed: int) -> dict[str, float]:
+    """Test loss and accuracy from scratch; one expression, or one a site."""
+    config = evaluate.configure(evaluate.Training, evaluate.PRESETS, dict(model=model, device='cpu'))
+    dataset, sites = data.load(config.data), itertools.cycle([Activation(e, clip) for e in expressions])
+    evaluate.seed_everything(seed)
+    net = network(config, lambda call=None: next(sites), dataset)
+    batches = data.Batches(dataset, data.whole(dataset), config.batch_size, seed, True, config.context)
+    if not math.isfinite(evaluate.train(net, batches, data.cross_entropy, config)[-1][1]):
+        return {'loss': math.nan, 'accuracy': math.nan}
+    test = data.test_batches(dataset, config.batch_size, config.context)
+    return evaluate.score(net, test, data.cross_entropy)
+
+def run(key: tuple[str, str], model: str, seed: int) -> dict[str, Any]:
+    """The row of a search and the training that follows."""
+    options = (PAPER if key[0] == 'paper' else {}) | SETTINGS[key]
+    config = search.new_config(dict(model=model, seed=seed, device='cpu') | options)
+    row = {'group': key[0], 'setting': key[1], 'model': model, 'seed': seed, 'found': [], 'loss': math.nan}
+    each, original = 'a cell a site' in key[1], search.Cell
+    search.Cell = PerSite if each else Cell
+    net, cell, *rest = search.prepare(config)
+    search.Cell = original
+    if each:
+        cell.split()
+    counting, started = Counting(config), time.process_time()
+    try:
+        found, scores = search.search(net, cell, *rest, config, counting)
+        functions = [Activation(tree, config.clip) for tree in cell.trees()] if each else [found]
+        row |= {'loss': scores['loss'], 'found': [f.shortened(config.ops).expression for f in functions]}
+    except ValueError as error:  # 20 steps in a row were skipped
+        print('failed:', error)
+    row |= {'skipped': counting.skipped, 'seconds': round(time.process_time() - started, 1)}
+    result = scratch(tuple(row['found']), config.clip, model, seed) if row['found'] else {}
+    return row | {'scratch': result.get('loss', math.nan), 'accuracy': result.get('accuracy', math.nan)}
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The tables, in Markdown."""
+    text = ['From scratch: test loss minus that of the standard activation, half of the 95 % interval; how',
+            'many were better. Seconds: CPU, of the search. Skipped: steps that were not finite.']
+    for model, group in itertools.product(MODELS, ('paper', 'spaces')):
+        mine = [row for row in rows if (row['model'], row['group']) == (model, group)]
+        base = {row['seed']: row['scratch'] for row in rows
+                if (row['model'], row['group']) == (model, 'standard')}
+        head = ['loss of the search', 'from scratch', 'better', 'diverged', 'skipped', 'seconds', 'found']
+        text += ['', f"| {model}, {group} | {' | '.join(head)} |", '|---' * 8 + '|']
+        for setting in dict.fromkeys(row['setting'] for row in mine):
+            here = [row for row in mine if row['setting'] == setting]
+            sound = {row['seed']: row['scratch'] for row in here if math.isfinite(row['scratch'])}
+            _, mean, half = compare(sound, base)
+            wins = sum(loss < base.get(seed, -math.inf) for seed, loss in sound.items())
+            loss, seconds = (statistics.median(row[name] for row in here) for name in ('loss', 'seconds'))
+            found = '; '.join(Activation(e).formula for row in here for e in row['found'][:1])
+            text.append(f'| {setting} | {loss:.4f} | {mean:+.4f} +- {half:.4f} | {wins} of {len(here)} | '
+                        f"{len(here) - len(sound)} | {sum(row['skipped'] for row in here)} | {seconds:.0f} | "
+                        f'{found} |')
+    return '\n'.join(text)
+
+def main() -> None:
+    given, rows = command_line(__doc__, 'results/variations.jsonl')
+    done = {(row['group'], row['setting'], row['model'], row['seed']) for row in rows}
+    for seed, model, key in share(given, MODELS, [('standard', 'itself'), *SETTINGS]):
+        if (*key, model, seed) in done:
+            continue
+        if key[0] == 'standard':
+            result = scratch((named(STANDARD[model]).expression,), 10.0, model, seed)
+            row = {'group': key[0], 'setting': key[1], 'model': model, 'seed': seed, 'found': [],
+                   'scratch': result['loss'], 'accuracy': result['accuracy']}
+        else:
+            row = run(key, model, seed)
+        rows.append(row)
+        evaluate.append(Path(given.out), row)
+        print(*row.values(), sep='  ', flush=True)
+    print(report(rows))
+
+if __name__ == '__main__':
+    main()
