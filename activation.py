@@ -69,7 +69,8 @@ def parse(text: str) -> Tree:
         op, n = ALL[part.func.id], arity(ALL[part.func.id])
         scalars = [ast.unparse(given) for given in part.args[n:]]
         if not (n <= len(part.args) <= n + (op.scalar is not None) and all(map(NUMBER.fullmatch, scalars))):
-            raise ValueError(f"expected {write(Node(op, ('x',) * n, op.scalar))}, any number below 1e30")
+            raise ValueError(f"expected {write(Node(op, ('x',) * n, op.scalar))}"
+                             + ', any number below 1e30' * (op.scalar is not None))
         return node(op, [tree(given) for given in part.args[:n]], *map(float, scalars))
     text = ' '.join(text.split())
     try:

@@ -59,7 +59,8 @@ class Lookup(torch.autograd.Function):
         for x_, y_, index_ in pieces(x, y, index):
             torch.add(middle, x_, alpha=len(lines) / (2 * limit), out=y_).clamp_(0, last)
             i = in_rows(index_.copy_(y_).clamp_(0, last))  # a NaN became any number; x makes y NaN
-            own = i.view(lines.dtype) if lines.is_cpu and lines.dtype == torch.complex64 else None  # 8 bytes
+            # subtle: a line takes as many bytes as its index, and is written over it
+            own = i.view(lines.dtype) if lines.is_cpu and lines.dtype == torch.complex64 else None
             line = torch.gather(lines.expand(len(i), -1), 1, i, out=own).view(-1)
             torch.addcmul(line.real, line.imag, x_, out=y_)
         ctx.save_for_backward(index, lines)
@@ -84,13 +85,13 @@ BINS, SAMPLE = 256, 2048  # the histogram of a site's inputs: its bins, and how 
 
 class Cell(nn.Module):
     """The relaxed cell of all sites of a network; `activation=cell.site` makes the network's activations.
-    Its parameters, alpha and scalars, (operations,) by choice point, are the architecture. Sites hold none.
+    Its parameters are the architecture: alpha and scalars, (operations,) by choice point. Sites hold none.
 
     ops: see ops.select. clip: the paper's l, or None. shape: see SHAPES. standard: where a site has none.
     sampler: 'dirichlet': weights drawn anew for each site and step (DrNAS; paper, variance reduction);
         'shared': one draw for all sites (DrNAS as published); 'mean' of that Dirichlet; 'softmax' (DARTS).
     normalise: 'none' (paper); 'scale': a site's table gets the second moment that its standard activation has
-        under the site's inputs: gain, which else outweighs shape, earns nothing; 'centre': and mean 0."""
+        under its inputs: gain, which outweighs shape, earns nothing; 'centre': the variance, at mean 0."""
 
     def __init__(self, ops: str = 'base', clip: Optional[float] = CLIP, sampler: str = 'dirichlet',
                  standard: str = 'relu', normalise: str = 'none', shape: str = 'paper', points: int = POINTS):
@@ -204,7 +205,7 @@ class Cell(nn.Module):
                                                     align_corners=True)[0]
         tables = zip(*(t.expand(self.sites, -1).unbind() for t in (values, lines(values))))
         self.functions = [lambda x, t=t: Lookup.apply(*t, LIMIT, x.to(t[0])).to(x) for t in tables]
-        self.values, self.learns = values, values.requires_grad  # False for a discrete cell without scalars
+        self.values, self.learns = values, values.requires_grad  # False in weight steps, and at the end
 
     @torch.no_grad()
     def collect(self, slopes: Tensor, early: bool) -> None:
@@ -212,9 +213,9 @@ class Cell(nn.Module):
         perhaps `early`. Without what 1 and x would change at a site: the layers around make up for it."""
         points = len(self.grid)  # slopes: without a site that has come since the tables were made
         shares = self.seen[:len(slopes), torch.arange(points) * BINS // points] * (BINS / points)
-        lines = torch.stack([torch.ones_like(self.grid), self.grid])               # (2, points)
-        moments = torch.linalg.pinv((lines * shares[:, None]) @ lines.T)           # (sites, 2, 2)
-        fit = (slopes @ lines.T)[:, None] @ moments @ lines                        # (sites, 1, points)
+        line = torch.stack([torch.ones_like(self.grid), self.grid])                # (2, points)
+        moments = torch.linalg.pinv((line * shares[:, None]) @ line.T)             # (sites, 2, 2)
+        fit = (slopes @ line.T)[:, None] @ moments @ line                          # (sites, 1, points)
         self.gradient += (slopes - shares * fit.squeeze(1)).sum(0)
         self.inputs += self.seen.mean(0)
         self.early += self.seen.mean(0) * early
@@ -300,7 +301,7 @@ def blame(model: nn.Module, cell: Cell, x: Any) -> dict[str, Any]:
     """Where numbers go wrong on the batch x, by one more forward pass; buffers and random state stay.
     site: the first whose output is not finite, else that with the largest; inputs: their range. op: the first
     operation that is not finite there, as 'U2:exp', else that with the largest output; size: of that output,
-    before clipping. gradient: the first parameter whose .grad is not finite, or None."""
+    before clipping. gradient: the first weight whose .grad is not finite, or None."""
     def size(y: Tensor) -> float:
         return y.abs().amax().nan_to_num(math.inf, math.inf).item() if y.numel() else 0.0
     sites, ops = [], []
@@ -318,6 +319,5 @@ def blame(model: nn.Module, cell: Cell, x: Any) -> dict[str, Any]:
         grid = torch.linspace(*ends.clamp(-LIMIT, LIMIT).tolist(), 1001).to(cell.grid)
         cell.evaluate(grid, cell.sample(noise=False), lambda name, y: ops.append((size(y), name)))
     largest, op = max(ops, key=lambda entry: entry[0], default=(largest, 'standard activation'))
-    bad = (name for module in (model, cell) for name, p in module.named_parameters()
-           if p.grad is not None and not p.grad.isfinite().all())
+    bad = (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
     return {'site': site, 'inputs': ends.tolist(), 'op': op, 'size': largest, 'gradient': next(bad, None)}

@@ -189,7 +189,7 @@ def call(model: Callable, x: Any) -> Any:
     return model(*x) if isinstance(x, (tuple, list)) else model(x)
 
 def train(model: nn.Module, batches: Iterator, loss: Loss, config: Training) -> list[list[float]]:
-    """Train for config.steps steps. Returns the curve: 20 times [step, mean loss since the last point].
+    """Train for config.steps steps. Returns the curve: some 20 times [step, mean loss since the last point].
     A run that diverges ends there, and its curve ends with a loss that is not finite."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = weight_optimizer(weights, config)
@@ -220,9 +220,9 @@ def train(model: nn.Module, batches: Iterator, loss: Loss, config: Training) -> 
 
 @torch.no_grad()
 def score(model: nn.Module, batches: Iterable, loss: Loss) -> dict[str, float]:
-    """Mean loss of the network as it stands; accuracy too where targets are classes: one that is none, as
-    -100, does not count. Classes stand last in logits for `cross_entropy`, (n, time, classes), else second,
-    as for the losses of PyTorch, or last where only that fits."""
+    """Mean loss of the network as it stands; accuracy too where targets are classes; what is none, as -100,
+    does not count. Classes stand last in logits for `cross_entropy`, (n, time, classes), else second, as for
+    the losses of PyTorch, or last where only that fits."""
     training, losses, hits, count = model.training, [], [], 0
     model.eval()
     for x, y in batches:
@@ -245,7 +245,7 @@ def score(model: nn.Module, batches: Iterable, loss: Loss) -> dict[str, float]:
 space_of = functools.cache(Space)  # by its operations
 
 def random_function(space: Space, seed: int) -> Tree:
-    """The control that a search has to beat: any two distinct functions with any true join, but no line."""
+    """The control that a search has to beat: two of the distinct functions, joined anyhow, but no line."""
     joins = [k for k, op in enumerate(space.binary) if op.code not in ('a', 'b')]
     sizes, draw = (len(space.rows.ops), len(space.first.ops), len(joins)), torch.Generator().manual_seed(seed)
     for _ in range(1000 * bool(joins)):

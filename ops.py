@@ -24,7 +24,7 @@ class Op:
     code: str                       # Python source in a, b and p: what is run and what an export holds
     formula: str                    # the same as mathematics, a Python expression
     scalar: Optional[float] = None  # first value of p (the paper's beta or gamma); None: there is no p
-    clips: bool = False             # it grows faster than linearly, so its output is clipped at l
+    clips: bool = False             # its output is clipped at l
 
     def __post_init__(self) -> None:
         # our own text, compiled once, as collections.namedtuple does; text from outside is never evaluated

@@ -170,8 +170,8 @@ class Run:
         if dropped or trouble:
             self.log({'step': step, 'dropped': dropped} | (trouble or {}))
         if state['skipped'] == 20:
-            raise ValueError(f"20 steps in a row were not finite, most at site {trouble['site']}, operation "
-                             f"{trouble['op']}; try a smaller --lr, a smaller --clip, or --normalise scale")
+            raise ValueError(f"20 steps were not finite, the last at site {trouble['site']}, operation "
+                             f"{trouble['op']}; try a smaller --lr or --clip, or --normalise scale")
         if self.folder and (ended or step % max(1, config.steps // 100) == 0):  # here losses leave the device
             cell, minutes = self.parts['cell'], (time.monotonic() - self.started) / 60
             losses = [v if v is None else v.item() * config.accumulate for v in (train_loss, val_loss)]
@@ -181,7 +181,7 @@ class Run:
             shown = ' '.join(f'{v:.3f}' for v in losses if v is not None)
             line = (f'step {step}/{config.steps} {100 * step // config.steps:3d}% | train, val {shown} | '
                     f'{cell.operations()} ops left | {formula(cell.tree(), config.clip)} | '
-                    f'{minutes * (config.steps / step - 1):.1f} min left')
+                    f'{minutes * (config.steps / step - 1):.1f} min of the descent left')
             self.log(row, line, last=ended)
         if ended or time.monotonic() - self.saved > 60:
             self.save()

@@ -19,12 +19,11 @@ import torch.nn as nn
 from torch import Tensor
 
 import data
-from activation import NAMED, SHAPES, Activation, distance, named, nonlinearity, write
+from activation import NAMED, SHAPES, Activation, distance, named, nodes, nonlinearity
 from cell import NORMALISERS, SAMPLERS, Cell, blame
-from data import average, is_first
-from evaluate import (Loss, Parser, Training, call, check_device, configure, cosine, cross_entropy,
-                      learning_rate, number, option, precision, score, seed_everything, train,
-                      weight_optimizer)
+from data import average, cross_entropy, is_first, seed_everything
+from evaluate import (Loss, Parser, Training, call, check_device, configure, cosine, learning_rate, number,
+                      option, precision, score, train, weight_optimizer)
 from models import STANDARD, network, replaced, teacher_and_student
 from plot import FILES, LOG, Everything, Run, one_line_errors, open_log, search as picture
 from space import Match, Space
@@ -62,15 +61,15 @@ class Config(Training):
     free_from: float = option(1.0)        # from here on the curve is free of the operations (project)
     temperature: float = option(0.1)      # of the softmax at shrink_until; 1 in the warm start
     start: float = option(0.5)            # weight of the standard when the cell takes over (softmax)
-    trust: float = option(0.8)            # largest relative distance to the standard of a proposal, and
-    lengths: tuple = option((3, 4, 5))    # the lengths of which the best are proposed,
-    around: bool = option(True)           # and whether only those made with the standard activation
+    trust: float = option(0.8)            # largest relative distance of a proposal to the standard
+    lengths: tuple = option((3, 4, 5))    # of each the best functions are proposed
+    around: bool = option(True)           # propose only functions made with the standard activation
     trials_from: str = option('scratch')  # or trained: the weights of the descent
     judge: int = option(10)               # validation batches that judge a trial
     digest: str = option('')              # of data and network: a run goes on with the same
 
     def at(self, share: float) -> int:
-        """The step at a share of the steps; the last step is always after it."""
+        """The step at a share of the steps; at least one comes after it."""
         return min(round(share * self.steps), self.steps - 1)
 
     def operations_left(self, step: int, first: int, last: int) -> int:
@@ -92,17 +91,16 @@ PAPER = dict(method='paper', sampler='dirichlet', normalise='none', shrink='log'
              arch_lr=6e-4, warmstart=0.02, shrink_from=0.04, warm_alphas=True, start=0.0, temperature=1.0,
              discretise='shrink', candidates=0)  # of --method paper
 TEACHER = dict(data='teacher', teacher='mul(sigmoid(x), x)', batch_size=256, weight_decay=0.0)
-TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, warmstart=0.15,
-           start=0.95, shrink='none', normalise='centre', temperature=1.0, discretise='project',
+TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, start=0.95,
+           shrink='none', normalise='centre', temperature=1.0, discretise='project',
            free_from=0.7, trial_steps=0.15, trials_from='trained')
+LATE = dict(warmstart=0.6, shrink_from=0.65, trial_steps=1.3)
 RESNET = dict(lr_end=0.1, trust=0.5, lengths=(2,), around=False)
 PRESETS = {
     'quick': {
         'resnet20': dict(RESNET, steps=150),
-        'vit_tiny': dict(steps=120, lr_end=0.1, arch_lr=0.1, judge=24, warmstart=0.6, shrink_from=0.65,
-                         candidates=5, trial_steps=1.3),
-        'minigpt': dict(steps=240, arch_lr=0.3, warmstart=0.6, shrink_from=0.65, candidates=7,
-                        trial_steps=1.3),
+        'vit_tiny': dict(LATE, steps=120, lr_end=0.1, arch_lr=0.1, judge=24, candidates=5),
+        'minigpt': dict(LATE, steps=240, arch_lr=0.3, candidates=7),
         'toy': TOY},
     'evening': {
         'resnet20': dict(RESNET, steps=1500, arch_lr=0.003, judge=40, candidates=6),
@@ -114,8 +112,7 @@ PRESETS = {
         'vit_tiny': dict(PAPER, steps=3650, batch_size=128, accumulate=4, grad_clip=5.0),
         'minigpt': dict(PAPER, steps=1000, warmup=0.0, arch_lr=1e-3, warmstart=0.1, shrink_from=0.2),
         'toy': dict(PAPER | TEACHER, steps=1500, lr=1e-2, lr_end=1.0, grad_clip=5.0, arch_lr=1e-2,
-                    warmstart=0.07, shrink_from=0.14)},
-}
+                    warmstart=0.07, shrink_from=0.14)}}
 
 # ---- the search ----
 
@@ -136,8 +133,8 @@ def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bo
 
 def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: Iterator, loss: Loss,
            config: Config, run: Optional[Run] = None) -> Result:
-    """Search an activation for `model`, whose activations are sites of `cell`. Batches: endless (input,
-    target) of disjoint data on its device; with state_dict() and load_state_dict() for a run folder."""
+    """Search an activation for `model`, whose activations are sites of `cell`, made with config's ops, clip
+    and cell. Batches: endless (input, target) of disjoint data; with state_dict for a run folder."""
     weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
     if not weights:
@@ -223,7 +220,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
 
     cell.temperature = config.temperature  # a run resumed after its last step has not set them
     cell.freed = config.discretise == 'project' and config.free_from < 1
-    return candidates(model, cell, initial, train_batches, val_batches, loss, config, run)
+    return trials(model, cell, initial, train_batches, val_batches, loss, config, run)
 
 # ---- the functions to try ----
 
@@ -259,7 +256,7 @@ def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
 def proposals(cell: Cell, config: Config) -> list[Activation]:
     """The functions to try, see --discretise: neither nearly straight lines nor the standard activation."""
     trees = [cell.tree()]
-    if config.discretise == 'project':
+    if config.candidates and config.discretise == 'project':
         space = Space(config.ops, config.clip, config.cell)
         seen = torch.from_numpy(np.interp(space.x, cell.grid[cell.bins].cpu(), cell.seen.mean(0).cpu()))
         curve = torch.from_numpy(np.interp(space.x, cell.grid.cpu(), cell.mean_table().cpu()))
@@ -269,7 +266,7 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
         space = Space(config.ops, config.clip, config.cell)
         matches = sorted(steepest(space, cell, config.trust), key=lambda match: match.score)
         if config.around:
-            matches = [match for match in matches if cell.standard.expression in write(match.tree)]
+            matches = [match for match in matches if cell.standard.tree in nodes(match.tree)]
         of_length = [[match.tree for match in matches if match.length == n] for n in config.lengths]
         trees += [tree for row in itertools.zip_longest(*of_length) for tree in row if tree]
     functions = (Activation(tree, config.clip) for tree in trees)
@@ -278,9 +275,9 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
     best = list(itertools.islice(functions, config.candidates)) or [Activation(cell.tree(), config.clip)]
     return [f.to(cell.grid.device) for f in best]
 
-def candidates(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
-               val_batches: Iterator, loss: Loss, config: Config, run: Run) -> Result:
-    """The best of the proposals on validation data, trained on the same batches from the same weights."""
+def trials(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
+           val_batches: Iterator, loss: Loss, config: Config, run: Run) -> Result:
+    """Train the proposals on the same batches from the same weights; the best on validation data."""
     functions, judge = proposals(cell, config), repeatable(val_batches, config.judge)
     if not config.candidates:
         cell.freed = False  # the free curve is no part of the function
@@ -323,13 +320,16 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
         model, loss = network(config, cell.site, dataset), cross_entropy
         config.digest = dataset.digest + getattr(model, 'source', '')
-        batches = [data.Batches(dataset, part, config.batch_size, seed, seed % 2 == 0, config.context,
-                                config.device) for part, seed in zip(data.split(dataset, config.seed), seeds)]
+        c, augment = config, (True, False)
+        batches = [data.Batches(dataset, part, c.batch_size, *more, c.context, c.device)
+                   for part, *more in zip(data.split(dataset, c.seed), seeds, augment)]
     return model.to(config.device), cell.to(config.device), *batches, loss
 
 def new_config(given: dict[str, Any]) -> Config:
     """The settings of a new run. Raises ValueError for options that do not fit together."""
     config = configure(Config, PRESETS, (PAPER if given.get('method') == 'paper' else {}) | given)
+    if config.preset == 'paper' and given.get('method') == 'ours':
+        raise ValueError('--method ours would be ignored: --preset paper has the paper\'s')
     planted = config.data == 'teacher'
     if given.keys() & ({'data_dir', 'side', 'only', 'tokens', 'context'} if planted else {'teacher'}):
         raise ValueError('--teacher is of --model toy and makes its data: leave out --data, --data-dir, '
@@ -349,7 +349,7 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
         checkpoint['random'], checkpoint['parts'], int(checkpoint['state']['log_size'])
     except Exception as error:  # torch.load raises a dozen kinds on files that are something else
         raise ValueError(f'--resume {folder}: no checkpoint of a run ({type(error).__name__})') from None
-    for name in vars(config).keys() & given.keys() - {'out', 'data_dir', 'device'}:
+    for name in vars(config).keys() & given.keys() - {'data_dir', 'device'}:
         if given[name] != getattr(config, name):
             raise ValueError(f'--resume keeps the settings of the run: {name} is {getattr(config, name)}; '
                              f"leave --{name.replace('_', '-')} out")
