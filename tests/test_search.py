@@ -18,7 +18,7 @@ import torch.nn as nn
 import data
 import evaluate
 import search
-from activation import Activation
+from activation import Activation, parse
 from cell import Cell, blame
 from evaluate import cross_entropy
 from models import replaced
@@ -231,6 +231,14 @@ def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatc
     assert result['validation']['loss'] == tried[best]
     assert torch.allclose(Activation(result['expression'])(x), Activation(best)(x), 1e-4, 1e-5)
 
+def test_around_means_the_standard_itself(monkeypatch):
+    """leaky_relu(x) is not made with ReLU, though its name holds relu(x)."""
+    texts = 'mul(leaky_relu(x), tanh(x))', 'mul(relu(x), tanh(x))'
+    monkeypatch.setattr(search, 'Space', lambda *_: None)
+    monkeypatch.setattr(search, 'steepest', lambda *_: [search.Match(0.0, 4, parse(t)) for t in texts])
+    assert [str(f) for f in search.proposals(Cell(), Config(candidates=3))][-1:] == [str(Activation(texts[1]))]
+    assert str(Activation(texts[0])) in map(str, search.proposals(Cell(), Config(candidates=3, around=False)))
+
 QUICK = f'{OPS},neg,abs,sigmoid,max --batch-size 256 --steps 240 --candidates 8'
 
 @pytest.mark.parametrize('teacher, options', [
@@ -362,7 +370,7 @@ def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
     with open(home / 'run/log.jsonl', 'a') as other:
         pytest.importorskip('fcntl', reason='there are no such locks on Windows').flock(other, 1)  # shared
         assert 'another process' in refused(['--resume', home / 'run', '--data-dir', 'moved'], capsys)
-    for wrong, words in ((), f'{home}/data'), (('--steps', 7), 'steps is 4'), (('--device', 'x'), 'device x'):
+    for wrong, words in ((), f'{home}/data'), (('--steps', 7), 'steps is 4'), (('--out', 'b'), 'out is'):
         assert words in refused(['--resume', home / 'run', *wrong], capsys)
     (home / 'nets.py').write_text(NETS.replace('0.9 *', '0.8 *'))
     assert 'not those of the run' in refused(['--resume', home / 'run', '--data-dir', 'moved'], capsys)
@@ -411,6 +419,7 @@ WRONG = [line.strip().split(' => ') for line in '''
     search --model resnet20 --teacher silu => --teacher
     search --model toy --data cifar10_16 --teacher silu => --teacher
     search --model resnet20 --context 17 => --context would be ignored
+    search --preset paper --method ours => --method ours would be ignored
     search --warmstart 30 => from 0 up to 1
     search --model toy --data cifar10_16 --only relu => leave out --only
     search --plot a --resume b => --plot would ignore resume
