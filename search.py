@@ -168,18 +168,16 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         # 1. Architecture step: alphas and scalars, on validation batches. The weights are constants.
         #    collect: dL/df of the standard activations, which will score all functions of the space.
         if collect or config.warm_alphas or not warm:
-            parts = []
-            for _ in range(config.accumulate):
+            cell.tabulate(standard=collect)
+            slopes = 0.0  # (sites, points), dL/df, the same draw of the tables for all batches of a step
+            for _ in range(config.accumulate * cell.learns):  # else one operation is left, and no scalar
                 x, y = next(val_batches)
-                cell.tabulate(standard=collect)
-                if not cell.learns:
-                    break  # one operation a choice point is left, and no scalar
                 with precision(config, model):
                     val_loss = loss(call(held(model), x), y) / config.accumulate
-                parts.append(torch.autograd.grad(val_loss, [cell.values] if collect else architecture,
-                                                 allow_unused=True, materialize_grads=True))
-            if parts:
-                gradients = [sum(terms) for terms in zip(*parts)]
+                slopes += torch.autograd.grad(val_loss, cell.values)[0]
+            if cell.learns:
+                gradients = [slopes] if collect else torch.autograd.grad(
+                    cell.values, architecture, slopes, allow_unused=True, materialize_grads=True)
                 average([*gradients, val_loss.detach()])  # the loss, too: all ranks skip a step, or none
                 if not clip_gradients(gradients, 0.0 if collect else config.grad_clip, val_loss.detach()):
                     trouble = blame(model, cell, x) | {'skipped': 'architecture'}
@@ -194,10 +192,10 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         for group in weight_opt.param_groups:
             group['lr'] = learning_rate(step, config)
         before = [b.clone() for b in running]
+        with torch.no_grad():
+            cell.use_standard() if warm else cell.tabulate()
         for _ in range(config.accumulate):
             x, y = next(train_batches)
-            with torch.no_grad():
-                cell.use_standard() if warm else cell.tabulate()
             with precision(config, model):
                 train_loss = loss(call(model, x), y) / config.accumulate
             train_loss.backward()

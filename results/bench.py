@@ -47,10 +47,18 @@ DESCENT = dict(warmstart=0.0, shrink='none', discretise='shrink', candidates=0, 
 
 class OpByOp(Cell):
     """The cell as DARTS and the paper compute it: every operation on every activation. Not normalised."""
+    forward = Cell.evaluate
+
     def tabulate(self, weights: Optional[list[Tensor]] = None, standard: bool = False) -> None:
-        weights = self.sample()
-        self.functions = [lambda x: self.evaluate(x.flatten(), weights)[0].view(x.shape)] * self.sites
-        self.values, self.learns = None, torch.is_grad_enabled()
+        """values: all weights and scalars, where the gradient that the search asks for ends."""
+        parts = [*self.sample(), *self.scalars]
+        self.values = torch.cat([part.flatten() for part in parts])
+        pieces = self.values.split([part.numel() for part in parts])
+        pieces = [piece.view_as(part) for piece, part in zip(pieces, parts)]
+        weights, scalars = pieces[:6], {f'scalars.{k}': piece for k, piece in enumerate(pieces[6:])}
+        self.functions = [lambda x: torch.func.functional_call(
+            self, scalars, (x.flatten(), weights))[0].view(x.shape)] * self.sites
+        self.learns = torch.is_grad_enabled()
 
 class Setting:
     """A network, its batches and plain steps. cell: Cell or OpByOp; None for the standard activation."""

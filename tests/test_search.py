@@ -112,6 +112,20 @@ def test_neither_level_touches_the_other(settings, cell):
     search.search(model, cell, *batches, cross_entropy, config)
     assert moved['train'] > 20 and moved['val'] > 20  # it did watch, and both levels moved
 
+def test_batches_of_one_step_are_one_batch():
+    """Two batches a step, or one of both: the same draws, and the same alphas and weights but for rounding."""
+    x, results = torch.randn(20, 16, 3), []
+    for accumulate in (1, 2):
+        torch.manual_seed(0)
+        cell = Cell(OPS, points=257)
+        model = nn.Sequential(nn.Linear(3, 4), cell.site(), nn.Linear(4, 2))
+        halves = [(half, (half[:, 0] > 0).long()) for batch in x for half in batch.chunk(accumulate)]
+        search.search(model, cell, iter(halves), itertools.chain(halves[:1], halves), cross_entropy,
+                      Config(steps=8, accumulate=accumulate, arch_lr=0.1, lr=0.1, candidates=0, judge=2))
+        results.append([p.detach() for p in (*model.parameters(), *cell.parameters())])
+    assert all(torch.allclose(a, b, 1e-3, 1e-5) for a, b in zip(*results))
+    assert cell.alpha[0].abs().max() > 0.1
+
 def test_the_levels_see_disjoint_data(monkeypatch):
     """Three quarters train the weights, the rest the alphas. Each image here has a shade of its own."""
     shades = torch.arange(80, dtype=torch.uint8).view(80, 1, 1, 1).expand(80, 3, 16, 16)
