@@ -65,7 +65,7 @@ class Config(Training):
     lengths: tuple = option((3, 4, 5))    # of each the best functions are proposed
     around: bool = option(True)           # propose only functions made with the standard activation
     trials_from: str = option('scratch')  # or trained: the weights of the descent
-    judge: int = option(10)               # validation batches that judge a trial
+    judge: int = option(10)               # validation batches that judge a trial; at most the steps
     digest: str = option('')              # of data and network: a run goes on with the same
 
     def at(self, share: float) -> int:
@@ -276,7 +276,7 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
 def trials(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
            val_batches: Iterator, loss: Loss, config: Config, run: Run) -> Result:
     """Train the proposals on the same batches from the same weights; the best on validation data."""
-    functions, judge = proposals(cell, config), repeatable(val_batches, config.judge)
+    functions, judge = proposals(cell, config), repeatable(val_batches, min(config.judge, config.steps))
     if not config.candidates:
         cell.freed = False  # the free curve is no part of the function
         while cell.operations() > len(cell.choices):
