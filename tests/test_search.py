@@ -229,17 +229,19 @@ def test_shrinking_ends_for_any_number_of_steps(steps, discretise, shrink):
 
 @pytest.mark.parametrize('discretise, steps', [('shrink', '2'), ('project', '20'), ('gradient', '20')])
 def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatch):
-    """All train on the same batches from the same weights; the best is the result, never the standard."""
-    starts, real = [], search.train
+    """All train on the same batches from the same weights; the best is the result, never the standard. Neither
+    training nor judgement is longer than the search."""
+    starts, counts, real, batches_of = [], [], search.train, search.repeatable
 
     def train(model, batches, *rest):
         batches = list(batches)
         starts.append(bits([*model.parameters(), batches[0][0], batches[-1][0]]))
         return real(model, iter(batches), *rest)
     monkeypatch.setattr(search, 'train', train)
+    monkeypatch.setattr(search, 'repeatable', lambda b, n: counts.append(n) or batches_of(b, n))
     result = run(tmp_path, '--discretise', discretise, '--steps', steps)
     tried = {row['tried']: row['loss'] for row in log(tmp_path) if 'tried' in row}
-    assert starts == starts[:1] * len(tried) and len(tried) > 1
+    assert starts == starts[:1] * len(tried) and len(tried) > 1 and max(counts) <= int(steps)
     assert result['validation']['standard_loss'] == tried.pop('abs(x)')
     best, x = min(tried, key=tried.get), torch.linspace(-3, 3, 61)
     assert result['validation']['loss'] == tried[best]
