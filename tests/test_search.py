@@ -113,7 +113,7 @@ def test_neither_level_touches_the_other(settings, cell):
     assert moved['train'] > 20 and moved['val'] > 20  # it did watch, and both levels moved
 
 def test_batches_of_one_step_are_one_batch():
-    """Two batches a step, or one of both: the same draws, and the same alphas and weights but for rounding."""
+    """Two batches a step, or one of both: the same draws, so the same alphas and weights but for rounding."""
     x, results = torch.randn(20, 16, 3), []
     for accumulate in (1, 2):
         torch.manual_seed(0)
@@ -229,8 +229,8 @@ def test_shrinking_ends_for_any_number_of_steps(steps, discretise, shrink):
 
 @pytest.mark.parametrize('discretise, steps', [('shrink', '2'), ('project', '20'), ('gradient', '20')])
 def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatch):
-    """All train on the same batches from the same weights; the best is the result, never the standard. Neither
-    training nor judgement is longer than the search."""
+    """All train on the same batches from the same weights, no longer than the search, judgement included; the
+    best is the result, never the standard."""
     starts, counts, real, batches_of = [], [], search.train, search.repeatable
 
     def train(model, batches, *rest):
