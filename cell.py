@@ -32,7 +32,7 @@ def lines(values: Tensor, limit: float = LIMIT) -> Tensor:
     return torch.complex(values[..., :-1] - rise * left, rise * (steps / (2 * limit)))
 
 @functools.lru_cache(256)  # subtle: a list as index would make a GPU wait for it each time
-def places(active: tuple[int, ...], device: torch.device) -> Tensor:
+def as_index(active: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(active, device=device)
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -148,7 +148,7 @@ class Cell(nn.Module):
         rows: sites, or 1 for all. noise: False for the mean weights, one row."""
         weights, rows = [], max(self.sites, 1) if self.sampler == 'dirichlet' else 1
         for alpha, active in zip(self.alpha, self.active):
-            alpha = alpha.index_select(0, places(tuple(active), alpha.device))
+            alpha = alpha.index_select(0, as_index(tuple(active), alpha.device))
             c = (F.elu(alpha) + 1).clamp(min=1e-2)  # the concentrations; torch's sampler is wrong below 1e-3
             if self.sampler == 'softmax':
                 weights.append((alpha / self.temperature).softmax(0)[None])
@@ -205,7 +205,7 @@ class Cell(nn.Module):
                                                     align_corners=True)[0]
         tables = zip(*(t.expand(self.sites, -1).unbind() for t in (values, lines(values))))
         self.functions = [lambda x, t=t: Lookup.apply(*t, LIMIT, x.to(t[0])).to(x) for t in tables]
-        self.values, self.learns = values, values.requires_grad  # False in weight steps, and at the end
+        self.values, self.learns = values, values.requires_grad  # False in weight steps, at least
 
     @torch.no_grad()
     def collect(self, slopes: Tensor, early: bool) -> None:

@@ -66,7 +66,7 @@ class Dataset:
         return mean[0].float(), std[0].clamp(min=1.0).float()
 
 def load(name: str, data_dir: str | None = None, tokens: str = 'bytes', side: int | None = None) -> Dataset:
-    """The data set `name`. data_dir: folder of its files, its parent, or one of them; None: ours, fetched.
+    """The data set `name`. data_dir: folder of its files, its parent, or a file; None: built in or fetched.
     tokens: of a text, 'bytes' or 'gpt2' (needs tiktoken). side: of images, 16 averages 32x32 pixels 2x2."""
     check_choice('--data', name, DATA)
     check_choice('--tokens', tokens, ('bytes', 'gpt2'))

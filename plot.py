@@ -170,7 +170,7 @@ class Run:
         if dropped or trouble:
             self.log({'step': step, 'dropped': dropped} | (trouble or {}))
         if state['skipped'] == 20:
-            raise ValueError(f"20 steps were not finite, the last at site {trouble['site']}, operation "
+            raise ValueError(f"20 steps in a row were not finite, last at site {trouble['site']}, operation "
                              f"{trouble['op']}; try a smaller --lr or --clip, or --normalise scale")
         if self.folder and (ended or step % max(1, config.steps // 100) == 0):  # here losses leave the device
             cell, minutes = self.parts['cell'], (time.monotonic() - self.started) / 60

@@ -94,7 +94,7 @@ TEACHER = dict(data='teacher', teacher='mul(sigmoid(x), x)', batch_size=256, wei
 TOY = dict(TEACHER, steps=600, lr=0.03, lr_end=0.0, arch_lr=0.1, arch_lr_end=0.0, start=0.95,
            shrink='none', normalise='centre', temperature=1.0, discretise='project',
            free_from=0.7, trial_steps=0.15, trials_from='trained')
-LATE = dict(warmstart=0.6, shrink_from=0.65, trial_steps=1.3)
+LATE = dict(warmstart=0.6, shrink_from=0.65, trial_steps=1.3)  # short runs: the first phase collects most
 RESNET = dict(lr_end=0.1, trust=0.5, lengths=(2,), around=False)
 PRESETS = {
     'quick': {
@@ -318,16 +318,16 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
         model, loss = network(config, cell.site, dataset), cross_entropy
         config.digest = dataset.digest + getattr(model, 'source', '')
-        c, augment = config, (True, False)
-        batches = [data.Batches(dataset, part, c.batch_size, *more, c.context, c.device)
-                   for part, *more in zip(data.split(dataset, c.seed), seeds, augment)]
+        parts = train, _ = data.split(dataset, config.seed)
+        batches = [data.Batches(dataset, part, config.batch_size, seed, part is train, config.context,
+                                config.device) for part, seed in zip(parts, seeds)]
     return model.to(config.device), cell.to(config.device), *batches, loss
 
 def new_config(given: dict[str, Any]) -> Config:
     """The settings of a new run. Raises ValueError for options that do not fit together."""
     config = configure(Config, PRESETS, (PAPER if given.get('method') == 'paper' else {}) | given)
     if config.preset == 'paper' and given.get('method') == 'ours':
-        raise ValueError('--method ours would be ignored: --preset paper has the paper\'s')
+        raise ValueError('--preset paper has the method of the paper: leave one of --preset and --method out')
     planted = config.data == 'teacher'
     if given.keys() & ({'data_dir', 'side', 'only', 'tokens', 'context'} if planted else {'teacher'}):
         raise ValueError('--teacher is of --model toy and makes its data: leave out --data, --data-dir, '

@@ -127,15 +127,16 @@ def test_batches_of_one_step_are_one_batch():
     assert cell.alpha[0].abs().max() > 0.1
 
 def test_the_levels_see_disjoint_data(monkeypatch):
-    """Three quarters train the weights, the rest the alphas. Each image here has a shade of its own."""
+    """Three quarters train the weights, augmented, the rest the alphas. Each image has a shade of its own."""
     shades = torch.arange(80, dtype=torch.uint8).view(80, 1, 1, 1).expand(80, 3, 16, 16)
     dataset = data.Dataset('shades', 'image', *2 * [(shades, torch.arange(80) % 10)], 10, 3, 16)
     monkeypatch.setattr(data, 'load', lambda *_: dataset)
     given = {'model': 'resnet20', 'batch_size': 20, 'device': 'cpu'}
     _, _, train, val, _ = search.prepare(evaluate.configure(Config, search.PRESETS, given))
     train, val = [next(train)[0] for _ in range(3)], [next(val)[0]]  # an epoch
+    shifted = [torch.cat(images)[:, 0].flatten(1).std(1).max() > 0 for images in (train, val)]
     train, val = (set(torch.cat(images)[:, 0, 8, 8].round(decimals=3).tolist()) for images in (train, val))
-    assert (len(train), len(val)) == (60, 20) and not train & val
+    assert (len(train), len(val)) == (60, 20) and not train & val and shifted == [True, False]
 
 def test_a_bad_batch_leaves_no_trace():
     """Such a half-step is skipped: weights and running statistics, or alphas and dL/df, stay. Constants are
@@ -436,7 +437,7 @@ WRONG = [line.strip().split(' => ') for line in '''
     search --model resnet20 --teacher silu => --teacher
     search --model toy --data cifar10_16 --teacher silu => --teacher
     search --model resnet20 --context 17 => --context would be ignored
-    search --preset paper --method ours => --method ours would be ignored
+    search --preset paper --method ours => leave one of
     search --warmstart 30 => from 0 up to 1
     search --model toy --data cifar10_16 --only relu => leave out --only
     search --plot a --resume b => --plot would ignore resume
