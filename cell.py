@@ -205,7 +205,7 @@ class Cell(nn.Module):
                                                     align_corners=True)[0]
         tables = zip(*(t.expand(self.sites, -1).unbind() for t in (values, lines(values))))
         self.functions = [lambda x, t=t: Lookup.apply(*t, LIMIT, x.to(t[0])).to(x) for t in tables]
-        self.values, self.learns = values, values.requires_grad  # False in weight steps, at least
+        self.values, self.learns = values, values.requires_grad  # False under no_grad: weight steps
 
     @torch.no_grad()
     def collect(self, slopes: Tensor, early: bool) -> None:

@@ -6,12 +6,14 @@
     python results/bench.py --scaling          larger networks of each family: a bi-level step and a plain one
     python results/bench.py --profile          what the time of a bi-level step goes to
     python results/bench.py --paper            how long a search with the preset paper takes
+    python results/bench.py --replaced         a forward pass through `replaced` (needs torchvision)
 
 The loop of search.py itself is timed, in the preset quick, on random images of 32 x 32 or random text. After
 each of its steps all others have their turn, so that other work on the machine meets all alike; times are
 medians. A plain step is one of evaluate.py, with the standard activation: same batches, clipping, optimiser.
 """
 import argparse
+import copy
 import gc
 import itertools
 import json
@@ -36,7 +38,7 @@ from torch import Tensor
 import data
 from cell import LIMIT, Cell, Lookup, Site, lines, uniform_grid
 from evaluate import configure, cross_entropy, precision, weight_optimizer
-from models import STANDARD, network
+from models import STANDARD, network, replaced
 from search import PRESETS, Config, Run, search
 from space import Space
 
@@ -180,13 +182,15 @@ def scaling(rounds: int, device: str) -> None:
 
 class Pace(Run):
     """times: when each step of a search ended."""
-    times: list[float] = []
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.times: list[float] = []
 
     def after(self, *arguments: Any) -> None:
         super().after(*arguments)
         if self.config.device != 'cpu':
             torch.cuda.synchronize()
-        self.times = [*self.times, time.perf_counter()]
+        self.times.append(time.perf_counter())
 
 def paper(models: list[str], rounds: int, device: str) -> None:
     """Prints what a step of the preset paper takes, with all operations, and a search at this pace."""
@@ -201,6 +205,22 @@ def paper(models: list[str], rounds: int, device: str) -> None:
         step = statistics.median(b - a for a, b in itertools.pairwise(pace.times[1:]))
         print(f"| {model} | {dtype} | {'yes' if compiled else 'no'} | {pace.times[1] - begin:.1f} "
               f"| {1000 * step:.0f} | {step * c.steps / 60:.1f} |", flush=True)
+
+def catching(rounds: int) -> None:
+    """Prints what `replaced` with the original calls costs a forward pass, one thread."""
+    from torchvision import models  # pip install torchvision
+    torch.set_num_threads(1)
+    x, seconds = torch.randn(8, 3, 224, 224), defaultdict(list)
+    for name in ('resnet18', 'mobilenet_v2'):
+        plain = models.get_model(name, weights=None).eval()
+        both = {'plain': plain, 'replaced': replaced(copy.deepcopy(plain), lambda call: call, x).eval()}
+        with torch.no_grad():
+            for _, (kind, model) in itertools.product(range(rounds + 2), both.items()):
+                begin = time.perf_counter()
+                model(x)
+                seconds[name, kind].append(time.perf_counter() - begin)
+        before, after = (statistics.median(seconds[name, kind][2:]) for kind in both)
+        print(f'{name}: {1000 * before:.0f} ms, replaced {1000 * after:.0f} ms, ratio {after / before:.2f}')
 
 def peak() -> float:
     """MB: the largest resident size of this process so far."""
@@ -272,10 +292,13 @@ def main() -> None:
     parser.add_argument('--scaling', action='store_true', help='larger networks instead')
     parser.add_argument('--profile', action='store_true', help='what a bi-level step spends time on instead')
     parser.add_argument('--paper', action='store_true', help='how long a search of the preset paper takes')
+    parser.add_argument('--replaced', action='store_true', help='what `replaced` costs a forward pass')
     parser.add_argument('--space', action='store_true', help=argparse.SUPPRESS)  # what `alone` starts
     given = parser.parse_args()
     if given.scaling:
         return scaling(given.rounds, given.device)
+    if given.replaced:
+        return catching(given.rounds)
     if given.space:
         return print(json.dumps(whole_space()))
     models = [given.only] if given.only else list(SIZES)

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,17 +31,17 @@ import search
 from activation import Activation, Tree, cell_tree, named
 from cell import Cell
 from first_experiments import Counting
-from models import STANDARD, network
+from models import STANDARD
 from planted import command_line, share
 from plot import compare
 
-MODELS = ('minigpt', 'resnet20')
+MODELS, ITSELF = ('minigpt', 'resnet20'), ('standard', 'itself')
 PAPER = dict(search.PAPER, steps=400)
 OWN = dict(discretise='shrink', candidates=0, shrink='none')  # the highest alphas after the default's descent
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {  # (group, name) -> options
     ('paper', 'as it is: warm start 0.02, clip 10, arch lr 6e-4'): {},
-    **{('paper', f'warm start {share:g}'): dict(warmstart=share, shrink_from=max(share, 0.04))
-       for share in (0.0, 0.125, 0.5)},
+    **{('paper', f'warm start {part:g}'): dict(warmstart=part, shrink_from=max(part, 0.04))
+       for part in (0.0, 0.125, 0.5)},
     **{('paper', f'clip {clip}'): dict(clip=clip) for clip in (2.0, None)},
     **{('paper', f'arch lr {rate:g}'): dict(arch_lr=rate) for rate in (2e-4, 1.8e-3)},
     **{('paper', f'{steps} steps'): dict(steps=steps) for steps in (200, 800)},
@@ -88,24 +88,29 @@ class PerSite(Cell):
         """Called when the descent is over, to leave one a choice point: `trees` is what counts."""
         return str(max(self.active, key=len).pop())
 
-@functools.cache
-def scratch(expressions: tuple[str, ...], clip: float, model: str, seed: int) -> dict[str, float]:
-    """Test loss and accuracy from scratch; one expression, or one a site."""
-    config = evaluate.configure(evaluate.Training, evaluate.PRESETS, dict(model=model, device='cpu'))
-    dataset, sites = data.load(config.data), itertools.cycle([Activation(e, clip) for e in expressions])
-    evaluate.seed_everything(seed)
-    net = network(config, lambda call=None: next(sites), dataset)
-    batches = data.Batches(dataset, data.whole(dataset), config.batch_size, seed, True, config.context)
-    if not math.isfinite(evaluate.train(net, batches, data.cross_entropy, config)[-1][1]):
-        return {'loss': math.nan, 'accuracy': math.nan}
-    test = data.test_batches(dataset, config.batch_size, config.context)
-    return evaluate.score(net, test, data.cross_entropy)
+class InTurn(nn.Module):
+    """Stands at all sites: the k-th call of a pass gets the k-th function. Ours call them in order."""
+    def __init__(self, functions: list[Activation]):
+        super().__init__()
+        self.functions, self.turn = nn.ModuleList(functions), -1
 
-def run(key: tuple[str, str], model: str, seed: int) -> dict[str, Any]:
-    """The row of a search and the training that follows."""
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn = (self.turn + 1) % len(self.functions)
+        return self.functions[self.turn](x)
+
+@functools.cache
+def scratch(expressions: tuple[str, ...], clip: Optional[float], model: str, seed: int) -> dict[str, Any]:
+    """Test loss and accuracy from scratch, None when it diverges; one expression, or one a site."""
+    config = evaluate.configure(evaluate.Training, evaluate.PRESETS, dict(model=model, device='cpu'))
+    f = InTurn([Activation(expression, clip) for expression in expressions])
+    row = evaluate.retrain(f, config, data.load(config.data), seed)
+    return {'scratch': row['test_loss'], 'accuracy': row['test_accuracy']}
+
+def descend(key: tuple[str, str], model: str, seed: int) -> dict[str, Any]:
+    """What a search found, one expression or one a site, its own loss, and what it cost."""
     options = (PAPER if key[0] == 'paper' else {}) | SETTINGS[key]
     config = search.new_config(dict(model=model, seed=seed, device='cpu') | options)
-    row = {'group': key[0], 'setting': key[1], 'model': model, 'seed': seed, 'found': [], 'loss': math.nan}
+    row = {'found': [], 'clip': config.clip, 'loss': None}
     each, original = 'a cell a site' in key[1], search.Cell
     search.Cell = PerSite if each else Cell
     net, cell, *rest = search.prepare(config)
@@ -119,9 +124,16 @@ def run(key: tuple[str, str], model: str, seed: int) -> dict[str, Any]:
         row |= {'loss': scores['loss'], 'found': [f.shortened(config.ops).expression for f in functions]}
     except ValueError as error:  # 20 steps in a row were skipped
         print('failed:', error)
-    row |= {'skipped': counting.skipped, 'seconds': round(time.process_time() - started, 1)}
-    result = scratch(tuple(row['found']), config.clip, model, seed) if row['found'] else {}
-    return row | {'scratch': result.get('loss', math.nan), 'accuracy': result.get('accuracy', math.nan)}
+    return row | {'skipped': counting.skipped, 'seconds': round(time.process_time() - started, 1)}
+
+def run(key: tuple[str, str], model: str, seed: int) -> dict[str, Any]:
+    """The row of a search, or of the standard activation, and the training that follows."""
+    own = {'found': [named(STANDARD[model]).expression], 'clip': None}
+    row = {'group': key[0], 'setting': key[1], 'model': model, 'seed': seed}
+    row |= own if key == ITSELF else descend(key, model, seed)
+    if not row['found']:
+        return row | {'scratch': None}
+    return row | scratch(tuple(row['found']), row['clip'], model, seed)
 
 def report(rows: list[dict[str, Any]]) -> str:
     """The tables, in Markdown."""
@@ -130,16 +142,17 @@ def report(rows: list[dict[str, Any]]) -> str:
     for model, group in itertools.product(MODELS, ('paper', 'spaces')):
         mine = [row for row in rows if (row['model'], row['group']) == (model, group)]
         base = {row['seed']: row['scratch'] for row in rows
-                if (row['model'], row['group']) == (model, 'standard')}
+                if (row['model'], row['group']) == (model, ITSELF[0])}
         head = ['loss of the search', 'from scratch', 'better', 'diverged', 'skipped', 'seconds', 'found']
         text += ['', f"| {model}, {group} | {' | '.join(head)} |", '|---' * 8 + '|']
         for setting in dict.fromkeys(row['setting'] for row in mine):
             here = [row for row in mine if row['setting'] == setting]
-            sound = {row['seed']: row['scratch'] for row in here if math.isfinite(row['scratch'])}
+            sound = {row['seed']: row['scratch'] for row in here if row['scratch'] is not None}
             _, mean, half = compare(sound, base)
             wins = sum(loss < base.get(seed, -math.inf) for seed, loss in sound.items())
-            loss, seconds = (statistics.median(row[name] for row in here) for name in ('loss', 'seconds'))
-            found = '; '.join(Activation(e).formula for row in here for e in row['found'][:1])
+            loss = statistics.median([row['loss'] for row in here if row['loss'] is not None] or [math.nan])
+            seconds = statistics.median(row['seconds'] for row in here)
+            found = '; '.join(Activation(e, row['clip']).formula for row in here for e in row['found'][:1])
             text.append(f'| {setting} | {loss:.4f} | {mean:+.4f} +- {half:.4f} | {wins} of {len(here)} | '
                         f"{len(here) - len(sound)} | {sum(row['skipped'] for row in here)} | {seconds:.0f} | "
                         f'{found} |')
@@ -148,18 +161,11 @@ def report(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     given, rows = command_line(__doc__, 'results/variations.jsonl')
     done = {(row['group'], row['setting'], row['model'], row['seed']) for row in rows}
-    for seed, model, key in share(given, MODELS, [('standard', 'itself'), *SETTINGS]):
-        if (*key, model, seed) in done:
-            continue
-        if key[0] == 'standard':
-            result = scratch((named(STANDARD[model]).expression,), 10.0, model, seed)
-            row = {'group': key[0], 'setting': key[1], 'model': model, 'seed': seed, 'found': [],
-                   'scratch': result['loss'], 'accuracy': result['accuracy']}
-        else:
-            row = run(key, model, seed)
-        rows.append(row)
-        evaluate.append(Path(given.out), row)
-        print(*row.values(), sep='  ', flush=True)
+    for seed, model, key in share(given, MODELS, [ITSELF, *SETTINGS]):
+        if (*key, model, seed) not in done:
+            rows.append(run(key, model, seed))
+            evaluate.append(Path(given.out), rows[-1])
+            print(*rows[-1].values(), sep='  ', flush=True)
     print(report(rows))
 
 if __name__ == '__main__':
