@@ -10,6 +10,7 @@ results/evening.jsonl, so the same command goes on. FOLDER holds CIFAR-10 and Ti
     searches   two a network by our default (`ours`), two by the paper's procedure (`--method paper`)
     trainings  what was found, known functions and a random one, seeds 0 to 2
     lengths    seven or more at a quarter and four times (resnet20: a sixteenth) of the steps, seeds 0 to 2
+    quick      all of them with the preset quick, seeds 0 to 2: does what wins there win in the evening?
     more       the trainings again with seeds 3 and 4
 """
 import argparse
@@ -21,6 +22,7 @@ import time
 import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Iterator
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +60,9 @@ def work(connection: Any, data_dir: str, k: int) -> None:
                 search.main(again if (folder / 'checkpoint.pt').exists() else new)
             else:
                 network, name, seed, changes = job
-                given = dict(model=network, preset='evening', data_dir=data_dir, out=str(LEDGER), **changes)
+                given = dict(model=network, preset='evening', data_dir=data_dir, out=str(LEDGER)) | changes
+                if given['preset'] == 'quick':    # its data are built in
+                    del given['data_dir']
                 config = evaluate.configure(evaluate.Training, evaluate.PRESETS, given)
                 evaluate.evaluate(dict([evaluate.resolve(name)]), config, [seed])
         except (Exception, SystemExit):  # the others go on; what happened is in the log
@@ -90,7 +94,7 @@ def jobs(rows: list[dict[str, Any]]) -> Iterator[tuple[str, tuple]]:
     ended = {s: (RUNS / '{}-{}-{}'.format(*s) / 'activation.json').exists() for s in searches}
     yield from (('search', s) for s in searches if not ended[s])
     tuned = {n: sum(row['seed'] == 90 and row['settings']['model'] == n for row in rows) for n in NETWORKS}
-    more = []
+    more, quick = [], []
     for network in (n for n in NETWORKS if tuned[n] == len(NETWORKS[n])):
         rate = {'lr': best_rate(network, rows)}
         found = [str(RUNS / '{}-{}-{}'.format(*s)) for s in searches if s[0] == network and ended[s]]
@@ -98,11 +102,13 @@ def jobs(rows: list[dict[str, Any]]) -> Iterator[tuple[str, tuple]]:
         names = once([*found, *known])
         yield from (('train', (network, name, seed, rate)) for seed in range(3) for name in names)
         more += [('train', (network, name, seed, rate)) for seed in (3, 4) for name in names]
+        quick += [('train', (network, name, seed, {'preset': 'quick'})) for seed in range(3) for name in names]
         if all(ended[s] for s in searches if s[0] == network):
             few = {expression(name) for name in (found[0], *known)}
             yield from (('train', (network, name, seed, rate | {'steps': steps}))
                         for steps in LENGTHS.get(network, ()) for seed in range(3)
                         for name in names if expression(name) in few)
+    yield from quick
     yield from reversed(more)  # resnet20 first, whose differences are small
 
 
@@ -128,23 +134,32 @@ def master(data_dir: str, workers: int, minutes: float) -> None:
             busy[connection] = False
 
 
+def losses(network: str, preset: str = 'evening') -> dict[str, dict[int, dict[int, float]]]:
+    """Test losses by name, steps and seed, without those that diverged."""
+    from evaluate import read_ledger
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    for row in read_ledger(LEDGER):
+        s = row['settings']
+        if (s['model'], s['preset']) == (network, preset) and row['seed'] < 90 and not row['diverged']:
+            found.setdefault(row['name'], {}).setdefault(s['steps'], {})[row['seed']] = row['test_loss']
+    return found
+
 def differences(network: str) -> dict[str, dict[int, tuple[int, float, float]]]:
     """By name and steps: how many seeds, mean test loss minus the standard's, half its 95 % interval."""
-    from evaluate import read_ledger
     from plot import compare
-    losses: dict[str, dict[int, dict[int, float]]] = {}
-    for row in read_ledger(LEDGER):
-        if row['settings']['model'] == network and row['seed'] < 90 and not row['diverged']:
-            by_steps = losses.setdefault(row['name'], {})
-            by_steps.setdefault(row['settings']['steps'], {})[row['seed']] = row['test_loss']
-    base = losses.get(STANDARD[network], {})
+    base = losses(network).get(STANDARD[network], {})
     return {name: {steps: compare(values, base[steps]) for steps, values in sorted(by_steps.items())
-                   if steps in base} for name, by_steps in losses.items()}
+                   if steps in base} for name, by_steps in losses(network).items()}
+
+def rank_correlations(columns: list[list[float]]) -> list[list[float]]:
+    """Spearman's, between the columns; no two values of one are equal."""
+    import torch
+    ranks = torch.tensor(columns).argsort(1).argsort(1).double().corrcoef()
+    return [[round(r, 2) for r in row] for row in ranks.tolist()]
 
 def report() -> str:
     """The tables of the trainings, and how the differences to the standard shrink with length."""
-    import torch
-    from evaluate import read_ledger
+    from evaluate import PRESETS, read_ledger
     from plot import report as tables
     rows = [row for row in read_ledger(LEDGER) if row['seed'] < 90]
     text = [tables(rows)]
@@ -155,15 +170,20 @@ def report() -> str:
             f' {steps} steps |' for steps in lengths), '|---' * (len(lengths) + 1) + '|']
         whole = [row for row in table.values() if len(row) == len(lengths)]
         if whole:
-            means = torch.tensor([[row[steps][1] for row in whole] for steps in lengths])
-            ranks = torch.corrcoef(means.argsort().argsort().double())
-            text.insert(-2, f'rank correlations of {len(whole)} functions between {lengths} steps: '
-                            f'{ranks.tolist()}')
+            ranks = rank_correlations([[row[steps][1] for row in whole] for steps in lengths])
+            text.insert(-2, f'rank correlations of {len(whole)} functions between {lengths} steps: {ranks}')
         for name, row in table.items():
             cells = [f'{mean:+.4f} +- {half:.4f}' if (n := row.get(steps, (0,))[0]) and n > 1 else '-'
                      for steps in lengths for _, mean, half in [row.get(steps, (0, 0.0, 0.0))]]
             text.append(f"| {name} | {' | '.join(cells)} |")
     for network in NETWORKS:
+        both = {preset: {name: fmean(row[steps].values()) for name, row in losses(network, preset).items()
+                         if (steps := PRESETS[preset][network]['steps']) in row}
+                for preset in ('quick', 'evening')}
+        names = sorted(both['quick'].keys() & both['evening'].keys())
+        if len(names) > 2:
+            ranks = rank_correlations([[means[name] for name in names] for means in both.values()])
+            text.append(f'{network}: rank correlation of {len(names)} functions, quick and evening: {ranks[0][1]}')
         tuned = sorted((row['settings']['lr'], round(row['test_loss'], 4)) for row in read_ledger(LEDGER)
                        if row['seed'] == 90 and row['settings']['model'] == network)
         seconds = sum(row['seconds'] for row in rows if row['settings']['model'] == network)
@@ -203,6 +223,6 @@ if __name__ == '__main__':
     given = parser.parse_args()
     if given.report:
         print(report())
-        print(draw('minigpt'))
+        print(*map(draw, LENGTHS))
     else:
         master(os.path.abspath(given.data_dir), given.workers, given.minutes)

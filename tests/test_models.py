@@ -1,6 +1,8 @@
 """models.py: our networks against published sizes and torch's layers; other networks against themselves."""
 import copy
 import functools
+import itertools
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -12,7 +14,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import models
+from cell import Cell
+from data import cross_entropy
 from models import MODELS, STANDARD, network, replaced, teacher_and_student
+from search import Config, search
 
 def checksum(model):
     x = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
@@ -251,16 +256,27 @@ def test_own_file_sees_its_neighbours(without, tmp_path, monkeypatch):
     import data
     assert len(source) == 8 and hasattr(data, 'load') and __import__('models') is models
 
-@pytest.mark.parametrize('name, described', [
-    ('resnet18', '17 sites: 17 relu'), ('mobilenet_v2', '35 sites: 35 relu6'),
-    ('googlenet', '57 sites: 57 relu'),
-    ('mobilenet_v3_small', '33 sites: 19 hardswish, 14 relu; left alone: 9 hardsigmoid')])
-def test_torchvision(name, described, capsys):
-    """Networks of torchvision, untouched: all activations, bit for bit the same outputs, one note."""
+@pytest.mark.parametrize('name, described, published', [
+    ('resnet50', '49 sites: 49 relu', 25557032 - 990 * 2049),
+    ('mobilenet_v2', '35 sites: 35 relu6', 3504872 - 990 * 1281),
+    ('mobilenet_v3_small', '33 sites: 19 hardswish, 14 relu; left alone: 9 hardsigmoid', 2542856 - 990 * 1025),
+    ('efficientnet_b0', '49 sites: 49 silu; left alone: 16 sigmoid', 5288548 - 990 * 1281),
+    ('convnext_tiny', '18 sites: 18 gelu', 28589128 - 990 * 769),
+    pytest.param('vit_b_16', '12 sites: 12 gelu', 86567656 - 990 * 769 - 192 * 768, marks=pytest.mark.slow),
+    ('googlenet', '57 sites: 57 relu', None)])
+def test_torchvision(name, described, published, capsys):
+    """Networks of torchvision, untouched: all activations, bit for bit the same outputs, one note; a search
+    of two steps. Published sizes are of 1,000 classes, the ViT's of 196 patches and not 4."""
     pytest.importorskip('torchvision', reason='torchvision is optional: pip install torchvision')
-    model, _ = (network(config(f'torchvision:{name}'), same, images(classes=10)) for _ in range(2))
+    place, cell = config(f'torchvision:{name}'), Cell('relu,gelu,mul', sampler='softmax', normalise='scale')
+    model, searched = (network(place, make, images(classes=10)) for make in (same, cell.site))
     x = torch.randn(2, 3, 32, 32)
     assert model.describe() == described and torch.equal(model.eval()(x), model.model(x))
+    assert published in (None, sum(p.numel() for p in model.parameters()))
     model.train()(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+    batches = itertools.repeat((x, torch.tensor([3, 7])))
+    settings = Config(steps=2, warmstart=0.0, candidates=0, discretise='shrink')
+    found, scores = search(searched, cell, batches, batches, cross_entropy, settings)
+    assert found.expression and math.isfinite(scores['loss'])
     assert capsys.readouterr().err.count('224') == 1
