@@ -12,7 +12,6 @@ of what it found, with seed s, tested once, beside the standard activation. Rows
 """
 import functools
 import itertools
-import math
 import statistics
 import sys
 import time
@@ -135,27 +134,32 @@ def run(key: tuple[str, str], model: str, seed: int) -> dict[str, Any]:
         return row | {'scratch': None}
     return row | scratch(tuple(row['found']), row['clip'], model, seed)
 
+def cells(rows: list[dict[str, Any]], setting: str, base: dict[int, float]) -> list[str]:
+    """The table's cells for one setting on one network. base: the standard's test loss by seed."""
+    here = [row for row in rows if row['setting'] == setting]
+    sound = {row['seed']: row['scratch'] for row in here if row['scratch'] is not None}
+    n, mean, half = compare(sound, base)
+    loss = [row['loss'] for row in here if row['loss'] is not None]
+    return [f'{statistics.median(loss):.3f}' if loss else '-', f'{mean:+.3f} +- {half:.3f}' if n > 1 else '-',
+            f'{sum(loss < base[seed] for seed, loss in sound.items())} of {len(here)}',
+            f"{len(here) - len(sound)}, {sum(row['skipped'] for row in here)}",
+            f"{statistics.median(row['seconds'] for row in here):.0f}"] if here else ['-'] * 5
+
 def report(rows: list[dict[str, Any]]) -> str:
     """The tables, in Markdown."""
-    text = ['From scratch: test loss minus that of the standard activation, half of the 95 % interval; how',
-            'many were better. Seconds: CPU, of the search. Skipped: steps that were not finite.']
-    for model, group in itertools.product(MODELS, ('paper', 'spaces')):
-        mine = [row for row in rows if (row['model'], row['group']) == (model, group)]
-        base = {row['seed']: row['scratch'] for row in rows
-                if (row['model'], row['group']) == (model, ITSELF[0])}
-        head = ['loss of the search', 'from scratch', 'better', 'diverged', 'skipped', 'seconds', 'found']
-        text += ['', f"| {model}, {group} | {' | '.join(head)} |", '|---' * 8 + '|']
-        for setting in dict.fromkeys(row['setting'] for row in mine):
-            here = [row for row in mine if row['setting'] == setting]
-            sound = {row['seed']: row['scratch'] for row in here if row['scratch'] is not None}
-            _, mean, half = compare(sound, base)
-            wins = sum(loss < base.get(seed, -math.inf) for seed, loss in sound.items())
-            loss = statistics.median([row['loss'] for row in here if row['loss'] is not None] or [math.nan])
-            seconds = statistics.median(row['seconds'] for row in here)
-            found = '; '.join(Activation(e, row['clip']).formula for row in here for e in row['found'][:1])
-            text.append(f'| {setting} | {loss:.4f} | {mean:+.4f} +- {half:.4f} | {wins} of {len(here)} | '
-                        f"{len(here) - len(sound)} | {sum(row['skipped'] for row in here)} | {seconds:.0f} | "
-                        f'{found} |')
+    text = ['loss: median of the searches, on validation data. From scratch: mean test loss minus that of the',
+            'standard activation, half of the 95 % interval; how many were better; how many trainings diverged',
+            'and how many steps of the searches were skipped; CPU seconds of a search.']
+    base = {model: {row['seed']: row['scratch'] for row in rows
+                    if (row['model'], row['group']) == (model, ITSELF[0])} for model in MODELS}
+    head = [f'{model}: {name}' for model in MODELS
+            for name in ('loss', 'from scratch', 'better', 'diverged, skipped', 'seconds')]
+    for group in ('paper', 'spaces'):
+        text += ['', f"| {group} | {' | '.join(head)} |", '|---' * (1 + len(head)) + '|']
+        for setting in (name for kind, name in SETTINGS if kind == group):
+            of = [cells([row for row in rows if (row['model'], row['group']) == (model, group)], setting,
+                        base[model]) for model in MODELS]
+            text.append(f"| {setting} | {' | '.join(itertools.chain(*of))} |")
     return '\n'.join(text)
 
 def main() -> None:
