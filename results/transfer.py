@@ -4,7 +4,8 @@
     python results/transfer.py --report                          the table
 
 Three functions of each network on which a search found them, beside five usual ones. All trainings are those
-of `python evaluate.py --model TARGET`, preset quick, three seeds. A finished one is a line of
+of `python evaluate.py --model TARGET`, preset quick, three seeds (mobilenet_v2: 1,000 steps, which want a
+GPU: one takes a second on one core). A finished one is a line of
 results/transfer.jsonl; the same command goes on. FOLDER holds CIFAR-100, of which images of side 16 are made;
 without it that target is left out, and so is torchvision's where torchvision is not installed.
 """
@@ -40,7 +41,7 @@ TARGETS: dict[str, dict[str, Any]] = {  # name -> settings of the training
     'resnet32': dict(model='resnet32'),
     'resnet20, CIFAR-100': dict(model='resnet20', data='cifar100', side=16),
     'vit_small': dict(model='vit_small'), 'tinygpt': dict(model='tinygpt'), 'elman': dict(model='elman'),
-    'mobilenet_v2': dict(model='torchvision:mobilenet_v2', batch_size=64, lr=1e-3)}
+    'mobilenet_v2': dict(model='torchvision:mobilenet_v2', steps=1000, batch_size=64, lr=1e-3)}
 
 def by_name(names: Iterable[str]) -> dict[str, Activation]:
     return dict(resolve(str(RUNS / name) if name.endswith('.json') else name) for name in names)
