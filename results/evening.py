@@ -102,7 +102,8 @@ def jobs(rows: list[dict[str, Any]]) -> Iterator[tuple[str, tuple]]:
         names = once([*found, *known])
         yield from (('train', (network, name, seed, rate)) for seed in range(3) for name in names)
         more += [('train', (network, name, seed, rate)) for seed in (3, 4) for name in names]
-        quick += [('train', (network, name, seed, {'preset': 'quick'})) for seed in range(3) for name in names]
+        quick += [('train', (network, name, seed, {'preset': 'quick'})) for seed in range(3)
+                  for name in names]
         if all(ended[s] for s in searches if s[0] == network):
             few = {expression(name) for name in (found[0], *known)}
             yield from (('train', (network, name, seed, rate | {'steps': steps}))
@@ -183,7 +184,8 @@ def report() -> str:
         names = sorted(both['quick'].keys() & both['evening'].keys())
         if len(names) > 2:
             ranks = rank_correlations([[means[name] for name in names] for means in both.values()])
-            text.append(f'{network}: rank correlation of {len(names)} functions, quick and evening: {ranks[0][1]}')
+            text.append(f'{network}: rank correlation of {len(names)} functions, quick and evening: '
+                        f'{ranks[0][1]}')
         tuned = sorted((row['settings']['lr'], round(row['test_loss'], 4)) for row in read_ledger(LEDGER)
                        if row['seed'] == 90 and row['settings']['model'] == network)
         seconds = sum(row['seconds'] for row in rows if row['settings']['model'] == network)
@@ -208,7 +210,8 @@ def draw(network: str) -> Path:
                       linestyle=STYLES[k % 4], label=formulas[name])
     axis.set(xscale='log', xlabel='steps of the training', title=f'{network}, three seeds, 95 % intervals',
              ylabel=f'test loss minus that of {STANDARD[network]}')
-    axis.set_xticks(lengths, [str(steps) for steps in lengths], minor=False)
+    axis.minorticks_off()
+    axis.set_xticks(lengths, [str(steps) for steps in lengths])
     axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=10)
     figure.savefig(path := HERE / f'evening-{network}.png', dpi=100)
     return path
