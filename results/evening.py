@@ -135,14 +135,14 @@ def master(data_dir: str, workers: int, minutes: float) -> None:
             busy[connection] = False
 
 
-def losses(network: str, preset: str = 'evening') -> dict[str, dict[int, dict[int, float]]]:
-    """Test losses by name, steps and seed, without those that diverged."""
+def losses(network: str, preset: str = 'evening', by: str = 'name') -> dict[str, dict[int, dict[int, float]]]:
+    """Test losses by name (or expression), steps and seed, without those that diverged."""
     from evaluate import read_ledger
     found: dict[str, dict[int, dict[int, float]]] = {}
     for row in read_ledger(LEDGER):
         s = row['settings']
         if (s['model'], s['preset']) == (network, preset) and row['seed'] < 90 and not row['diverged']:
-            found.setdefault(row['name'], {}).setdefault(s['steps'], {})[row['seed']] = row['test_loss']
+            found.setdefault(row[by], {}).setdefault(s['steps'], {})[row['seed']] = row['test_loss']
     return found
 
 def differences(network: str) -> dict[str, dict[int, tuple[int, float, float]]]:
@@ -178,7 +178,8 @@ def report() -> str:
                      for steps in lengths for _, mean, half in [row.get(steps, (0, 0.0, 0.0))]]
             text.append(f"| {name} | {' | '.join(cells)} |")
     for network in NETWORKS:
-        both = {preset: {name: fmean(row[steps].values()) for name, row in losses(network, preset).items()
+        both = {preset: {expression: fmean(row[steps].values())
+                         for expression, row in losses(network, preset, 'expression').items()
                          if (steps := PRESETS[preset][network]['steps']) in row}
                 for preset in ('quick', 'evening')}
         names = sorted(both['quick'].keys() & both['evening'].keys())
