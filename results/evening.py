@@ -209,7 +209,7 @@ def draw(network: str) -> Path:
         means, halves = zip(*(row[steps][1:] for steps in row))
         axis.errorbar([steps * 1.03 ** (k - 3) for steps in row], means, halves, color=COLOURS[k], capsize=3,
                       linestyle=STYLES[k % 4], label=formulas[name])
-    axis.set(xscale='log', xlabel='steps of the training', title=f'{network}, three seeds, 95 % intervals',
+    axis.set(xscale='log', xlabel='steps of the training', title=f'{network}, 95 % intervals over seeds',
              ylabel=f'test loss minus that of {STANDARD[network]}')
     axis.minorticks_off()
     axis.set_xticks(lengths, [str(steps) for steps in lengths])

@@ -141,7 +141,7 @@ def cells(rows: list[dict[str, Any]], setting: str, base: dict[int, float]) -> l
     n, mean, half = compare(sound, base)
     loss = [row['loss'] for row in here if row['loss'] is not None]
     return [f'{statistics.median(loss):.3f}' if loss else '-', f'{mean:+.3f} +- {half:.3f}' if n > 1 else '-',
-            f'{sum(loss < base[seed] for seed, loss in sound.items())} of {len(here)}',
+            f'{sum(sound[seed] < base[seed] for seed in sound.keys() & base.keys())} of {len(here)}',
             f"{len(here) - len(sound)}, {sum(row['skipped'] for row in here)}",
             f"{statistics.median(row['seconds'] for row in here):.0f}"] if here else ['-'] * 5
 
