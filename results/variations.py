@@ -147,13 +147,13 @@ def cells(rows: list[dict[str, Any]], setting: str, base: dict[int, float]) -> l
 
 def report(rows: list[dict[str, Any]]) -> str:
     """The tables, in Markdown."""
-    text = ['Loss: median of the searches, on validation data. From scratch: mean test loss minus that of the',
-            'standard activation, half of the 95 % interval; how many were better; how many trainings',
-            'diverged, how many steps of the searches were skipped; CPU seconds of a search.']
+    text = ['Loss: median of the searches, on validation data. From scratch: mean test loss minus that of',
+            'the standard activation, half of the 95 % interval; how many were better; how many failed, the',
+            'search or the training; how many steps of the searches were skipped; CPU seconds of a search.']
     base = {model: {row['seed']: row['scratch'] for row in rows
                     if (row['model'], row['group']) == (model, ITSELF[0])} for model in MODELS}
     head = [f'{model}: {name}' for model in MODELS
-            for name in ('loss', 'from scratch', 'better', 'diverged, skipped', 'seconds')]
+            for name in ('loss', 'from scratch', 'better', 'failed, skipped', 'seconds')]
     for group in ('paper', 'spaces'):
         text += ['', f"| {group} | {' | '.join(head)} |", '|---' * (1 + len(head)) + '|']
         for setting in (name for kind, name in SETTINGS if kind == group):
