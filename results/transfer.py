@@ -16,6 +16,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Iterable
 
 HERE = Path(__file__).resolve().parent
@@ -59,18 +60,24 @@ def run(target: str, name: str, seed: int, data_dir: str) -> None:
     evaluate({name: f}, config, [seed])
 
 def report() -> str:
-    """A row a function: its mean test loss minus that of the standard, by target, with half its interval."""
+    """A row a function: its mean test loss minus that of the standard, by target, with half its interval;
+    bold: the lowest mean of a target."""
     rows, text = read_ledger(LEDGER), ['| function | found on |', '|---|---|']
     origin = {name: network for network, names in FOUND.items() for name in by_name(names)}
-    cells = {name: [] for name in FUNCTIONS}
+    cells: dict[str, list[str]] = {name: [] for name in FUNCTIONS}
     for target, settings in TARGETS.items():
         mine = [row for row in rows if row['settings']['model'] == settings['model']
                 and ('CIFAR' in target) == (row['settings']['data'] == 'cifar100')]
         base = column(mine, standard(target), 'test_loss')
-        text[0], text[1] = f'{text[0]} {target} |', f'{text[1]}---|'
-        for name in cells:
-            n, mean, half = compare(column(mine, name, 'test_loss'), base)
-            cells[name].append(f'{mean:+.4f} +- {half:.4f}' if n > 1 else '-')
+        text[0] += f' {target}: {standard(target)} {fmean(base.values()):.3f} |' if base else f' {target} |'
+        text[1] += '---|'
+        pairs = {name: compare(column(mine, name, 'test_loss'), base) for name in cells}
+        best = min((mean for n, mean, _ in pairs.values() if n > 1), default=0.0)
+        for name, (n, mean, half) in pairs.items():
+            gone = any(row['diverged'] for row in mine if row['name'] == name)
+            mark = '**' if mean == best else ''
+            cells[name].append('the standard' if name == standard(target) else 'diverges' if gone else
+                               f'{mark}{mean:+.3f}{mark} +- {half:.3f}' if n > 1 else '-')
     text += [f"| {name} | {origin.get(name, '')} | {' | '.join(row)} |" for name, row in cells.items()]
     return '\n'.join(text)
 
