@@ -225,6 +225,8 @@ class Found(nn.Module):
 NAMED: dict[str, tuple[str, Clip]] = {  # name -> (expression, clip); grafs_*: in the paper's released code
     **{name: (f'{name}(x)', None) for name in 'relu leaky_relu elu silu gelu tanh sigmoid softplus'.split()},
     'identity': ('x', None), 'relu2': ('square(relu(x))', None), 'mish': ('mul(x, tanh(softplus(x)))', None),
+    'relu6': ('min(relu(x), const(6))', None),
+    'hardswish': ('mul(x, scale(min(relu(bias(x, 3)), const(6)), 0.166666667))', None),
     'grafs_resnet_1': ('mul(sigmoid(relu(x)), gelu(x))', CLIP),
     'grafs_resnet_2': ('mul(sigmoid(relu(x)), elu(x))', CLIP),
     'grafs_resnet_3': ('mul(sigmoid(gelu(x)), gelu(x))', CLIP),

@@ -18,7 +18,9 @@ from ops import CLIP, check_choice, select
 # 99.6 % of 1,000 random cells keep |table - op by op| <= 1e-3 away from kinks. 0 is a point: ReLU is exact.
 POINTS, LIMIT = 8193, 12.0
 PIECE = 1 << 18  # elements that a CPU looks up at a time: what one operation writes, the next finds in cache
-INDEX = torch.empty(PIECE, dtype=torch.int64)  # for all of them: fresh memory costs more than the arithmetic
+# Scratch of all CPU lookups, as fresh memory costs more than the arithmetic: a piece's indices, then over
+# them its lines. So no two threads may look up at a time.
+INDEX = torch.empty(PIECE, dtype=torch.int64)
 
 def uniform_grid(points: int = POINTS) -> Tensor:
     """(points,) from -LIMIT to LIMIT, symmetric."""
@@ -60,8 +62,8 @@ class Lookup(torch.autograd.Function):
             torch.add(middle, x_, alpha=len(lines) / (2 * limit), out=y_).clamp_(0, last)
             i = in_rows(index_.copy_(y_).clamp_(0, last))  # a NaN became any number; x makes y NaN
             # subtle: a line takes as many bytes as its index, and is written over it
-            own = i.view(lines.dtype) if lines.is_cpu and lines.dtype == torch.complex64 else None
-            line = torch.gather(lines.expand(len(i), -1), 1, i, out=own).view(-1)
+            over = i.view(lines.dtype) if lines.is_cpu and lines.dtype == torch.complex64 else None
+            line = torch.gather(lines.expand(len(i), -1), 1, i, out=over).view(-1)
             torch.addcmul(line.real, line.imag, x_, out=y_)
         ctx.save_for_backward(index, lines)
         return y
@@ -210,7 +212,8 @@ class Cell(nn.Module):
     @torch.no_grad()
     def collect(self, slopes: Tensor, early: bool) -> None:
         """Add dL/df at the standard activations, (sites, points), to `gradient`, the inputs to `inputs` and
-        perhaps `early`. Without what 1 and x would change at a site: the layers around make up for it."""
+        perhaps `early`. Without what 1 and x would change at a site: the layers around make up for it.
+        So (a + b x) times the share of the inputs is taken out, until sums with 1 and with x are 0."""
         points = len(self.grid)  # slopes: without a site that has come since the tables were made
         shares = self.seen[:len(slopes), torch.arange(points) * BINS // points] * (BINS / points)
         line = torch.stack([torch.ones_like(self.grid), self.grid])                # (2, points)

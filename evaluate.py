@@ -56,7 +56,7 @@ class Training:
     side: int = option(0, 'average images to this side, in pixels; 0: as they are', choices=(0, 16, 32))
     preset: str = option('quick', 'quick: minutes, built-in data; evening: CIFAR-10 at side 16, or 14 MB of '
                          'text; paper: its data and settings', choices=('quick', 'evening', 'paper'))
-    device: str = option('auto', 'auto, cpu, cuda or mps')
+    device: str = option('auto', 'auto, cpu or cuda')
     dtype: str = option('float32', 'of the forward pass; weights, alphas and tables stay in float32',
                         choices=('float32', 'bfloat16'))
     compile: bool = option(False, 'torch.compile the network; needs a C++ compiler')
@@ -152,8 +152,8 @@ def configure(kind: type[Training], presets: dict[str, dict], given: dict[str, A
 
 def check_device(device: str) -> str:
     """The device, for 'auto' the best there is; under torchrun, whose ranks meet here, the rank's own.
-    Raises ValueError when it is not there."""
-    present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    Raises ValueError when it is not there. Apple's mps is not among them: it has no float64."""
+    present = {'cuda': torch.cuda.is_available(), 'cpu': True}
     device = device if device != 'auto' else next(name for name, there in present.items() if there)
     if not re.fullmatch(r'[a-z]+(:\d+)?', device) or not present.get(device.split(':')[0]):
         raise ValueError(f'--device {device} is not there, or not in this PyTorch; use --device cpu')

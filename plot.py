@@ -115,7 +115,8 @@ def numpy_state() -> list:
 
 GENERATORS = (  # of random numbers: how their state is read, and restored
     (random.getstate, random.setstate), (torch.get_rng_state, torch.set_rng_state),
-    (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),
+    (lambda: [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of the device in use
+     lambda states: [torch.cuda.set_rng_state(state) for state in states[:torch.cuda.is_available()]]),
     (numpy_state, lambda state: np.random.set_state(tuple(state))))
 
 class Run:
@@ -203,9 +204,11 @@ class Run:
         write_whole(folder / 'activation.json', json.dumps(result, indent=1).encode())
         place = str(folder) if folder.parts[1:] else f'./{folder}'  # a name alone may be that of a function
         command = ['python', os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py'), place]
-        names = ['model', 'preset', 'data', 'data_dir', 'side', 'only']
-        for name in names + ['tokens', 'context'] * config.data.startswith('tinystories'):
-            if (value := str(getattr(config, name))) not in ('', '0', 'quick', 'teacher', 'bytes'):
+        names = ['model', 'preset', 'data', 'data_dir', 'only']
+        names += ['tokens', 'context'] if config.data.startswith('tinystories') else ['side']
+        usual = ('', 'quick', 'teacher') + ('0', 'bytes') * (config.preset == 'quick')
+        for name in names:
+            if (value := str(getattr(config, name))) not in usual:
                 command += ['--' + name.replace('_', '-'), value]
         scores = ', '.join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in validation.items())
         print(f'validation:  {scores}\ntime:        {seconds / 60:.1f} minutes\n'
@@ -278,10 +281,18 @@ def table(rows: list[dict[str, Any]], reference: str, metric: str) -> str:
     lines.insert(1, ['-' * width for width in widths])
     return '\n'.join('| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines)
 
+def distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows; where several functions share a name, as a run folder's that was made anew, each gets its
+    expression as well."""
+    functions = {(row['name'], row['expression'], row['clip']) for row in rows}
+    shared = [name for name, *_ in functions]
+    return [row if shared.count(row['name']) == 1 else
+            row | {'name': f"{row['name']} = {row['expression']}"} for row in rows]
+
 def report(rows: list[dict[str, Any]]) -> str:
     """A table for every group of rows with the same settings."""
     groups, text = {}, []
-    for row in rows:
+    for row in distinct(rows):
         groups.setdefault(json.dumps(row['settings'], sort_keys=True), []).append(row)
     for group in groups.values():
         s = group[0]['settings']
@@ -355,9 +366,10 @@ def search(folder: Path) -> Path:
     return folder / 'search.png'
 
 def comparison(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Draw the functions of an evaluation, their training curves, and their differences to the reference."""
+    """Draw the functions of an evaluation, their training curves, and their differences to the reference. Of
+    several evaluations: the first."""
     settings = rows[0]['settings']
-    rows = [row for row in rows if row['settings'] == settings and not row['diverged']]
+    rows = [row for row in distinct(rows) if row['settings'] == settings and not row['diverged']]
     reference = STANDARD.get(settings['model'], 'own')
     losses = {name: column(rows, name, 'test_loss') for name in dict.fromkeys(row['name'] for row in rows)}
     names = sorted(losses, key=lambda name: (name != reference, statistics.fmean(losses[name].values())))[:7]

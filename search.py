@@ -47,7 +47,8 @@ class Config(Training):
     sampler: str = option('softmax', 'dirichlet is DrNAS, softmax DARTS', choices=SAMPLERS)
     normalise: str = option('scale', "of each site's table: its gain, its mean (centre)", choices=NORMALISERS)
     arch_lr: float = option(0.03, 'learning rate of alphas and scalars (Adam)', number(0, float))
-    warmstart: float = option(0.15, 'share of the steps, with the standard activation', number(0, float, 1))
+    warmstart: float = option(0.15, 'share of the steps, with the standard activation, whose gradient tells '
+                              'gradient what to propose', number(0, float, 1))
     shrink: str = option('linear', 'pace of the drops: log has most early', choices=('linear', 'log', 'none'))
     discretise: str = option('gradient', 'what is tried: shrink, what is left of the cell; project, formulas '
                              'near its curve; gradient, those of best score',
@@ -142,7 +143,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     score(model, repeatable(val_batches, 1)(), loss)  # what does not fit shows now, not after the descent
     everything = Everything(model)
     initial = everything.state_dict()
-    if isinstance(model, replaced):  # the standard is its most frequent activation
+    cell.to(weights[0].device)
+    if isinstance(model, replaced):  # proposals are measured by its most frequent activation, else by ReLU
         names = [key[-2] for key in model.index]
         name = max(names, key=names.count)
         cell.standard = named(name) if name in NAMED else cell.standard
@@ -263,8 +265,8 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
     elif config.candidates and config.discretise == 'gradient':
         space = Space(config.ops, config.clip, config.cell)
         matches = sorted(steepest(space, cell, config.trust), key=lambda match: match.score)
-        if config.around:
-            matches = [match for match in matches if cell.standard.tree in nodes(match.tree)]
+        if config.around:  # all, where these operations cannot spell the standard
+            matches = [match for match in matches if cell.standard.tree in nodes(match.tree)] or matches
         of_length = [[match.tree for match in matches if match.length == n] for n in config.lengths]
         trees += [tree for row in itertools.zip_longest(*of_length) for tree in row if tree]
     functions = (Activation(tree, config.clip) for tree in trees)
@@ -299,6 +301,7 @@ def trials(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batch
             run.log({'tried': f.expression, **result}, f"tried: loss {result['loss']:.4f}  {f.formula}")
             run.save()
     best = min(functions, key=lambda f: np.nan_to_num(results[f.expression]['loss'], nan=math.inf))
+    best.zero_grad()  # its scalars stood at the sites of a trial
     return best, results[best.expression] | {'standard_loss': results[cell.standard.expression]['loss']}
 
 # ---- the command line ----
@@ -325,9 +328,10 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
 
 def new_config(given: dict[str, Any]) -> Config:
     """The settings of a new run. Raises ValueError for options that do not fit together."""
-    config = configure(Config, PRESETS, (PAPER if given.get('method') == 'paper' else {}) | given)
-    if config.preset == 'paper' and given.get('method') == 'ours':
+    method, preset = given.get('method'), given.get('preset')
+    if method == 'ours' and preset == 'paper':
         raise ValueError('--preset paper has the method of the paper: leave one of --preset and --method out')
+    config = configure(Config, PRESETS, (PAPER if method == 'paper' != preset else {}) | given)
     planted = config.data == 'teacher'
     if given.keys() & ({'data_dir', 'side', 'only', 'tokens', 'context'} if planted else {'teacher'}):
         raise ValueError('--teacher is of --model toy and makes its data: leave out --data, --data-dir, '
@@ -352,7 +356,8 @@ def resume(folder: Path, given: dict[str, Any]) -> tuple[Config, dict[str, Any]]
             raise ValueError(f'--resume keeps the settings of the run: {name} is {getattr(config, name)}; '
                              f"leave --{name.replace('_', '-')} out")
     config.device = check_device(given.get('device', config.device))
-    config.data_dir = os.path.abspath(given['data_dir']) if 'data_dir' in given else config.data_dir
+    if 'data_dir' in given:
+        config.data_dir = os.path.abspath(os.path.expanduser(given['data_dir']))
     return config, checkpoint
 
 def main(arguments: Optional[list[str]] = None) -> None:
@@ -369,7 +374,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
         place, digest = Path(config.out), config.digest
         for file in [place / name for name in FILES[:None if new else 1] if is_first()]:
             if file.exists() and file.stat().st_size:
-                raise ValueError(f'{file} already exists; choose another --out, or go on by --resume {place}')
+                raise ValueError(f'{file} already exists; ' + (f'choose another --out, or go on by --resume '
+                                                               f'{place}' if new else 'the run is finished'))
         model, cell, train_batches, val_batches, loss = prepare(config)
         if checkpoint and config.digest != digest:
             raise ValueError(f'--resume {place}: data or network are not those of the run; give them back')

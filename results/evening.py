@@ -201,7 +201,7 @@ def draw(network: str) -> Path:
     """The differences against the length of the training: the seven best at the longest."""
     from activation import Activation
     from evaluate import read_ledger
-    from plot import COLOURS, STYLES, pyplot
+    from plot import LOOKS, pyplot
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 6), layout='constrained')
     rows = read_ledger(LEDGER)
@@ -210,8 +210,8 @@ def draw(network: str) -> Path:
     lengths = sorted({steps for row in table.values() for steps in row})
     for k, (name, row) in enumerate(sorted(table.items(), key=lambda item: item[1][lengths[-1]][1])[:7]):
         means, halves = zip(*(row[steps][1:] for steps in row))
-        axis.errorbar([steps * 1.03 ** (k - 3) for steps in row], means, halves, color=COLOURS[k], capsize=3,
-                      linestyle=STYLES[k % 4], label=formulas[name])
+        axis.errorbar([steps * 1.03 ** (k - 3) for steps in row], means, halves, capsize=3,
+                      label=formulas[name], **LOOKS[k])
     axis.set(xscale='log', xlabel='steps of the training', title=f'{network}, 95 % intervals over seeds',
              ylabel=f'test loss minus that of {STANDARD[network]}')
     axis.minorticks_off()

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import search
-from activation import Activation, Node, Tree, distance, nonlinearity, parse, write
+from activation import Activation, Node, Tree, distance, nonlinearity, write
 from cell import Cell
 from evaluate import append, seeds_of
 from plot import compare
@@ -42,7 +42,7 @@ gradient = search.proposals  # the default's; `main` puts `union` in its place
 
 def by_alphas(cell: Cell) -> list[Tree]:
     """The standard joined to one operation of x, the largest alphas first."""
-    standard = parse(cell.standard.expression)
+    standard = cell.standard.tree
     unary, binary = (sorted(zip(alpha.tolist(), ops), key=lambda pair: -pair[0])
                      for alpha, ops in zip(cell.alpha[-2:], cell.ops[-2:]))
     pairs = sorted(itertools.product(unary, binary), key=lambda pair: -pair[0][0] - pair[1][0])

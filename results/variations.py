@@ -120,7 +120,8 @@ def descend(key: tuple[str, str], model: str, seed: int) -> dict[str, Any]:
     try:
         found, scores = search.search(net, cell, *rest, config, counting)
         functions = [Activation(tree, config.clip) for tree in cell.trees()] if each else [found]
-        row |= {'loss': scores['loss'], 'found': [f.shortened(config.ops).expression for f in functions]}
+        row |= {'loss': None if each else scores['loss'],  # it has judged one cell
+                'found': [f.shortened(config.ops).expression for f in functions]}
     except ValueError as error:  # 20 steps in a row were skipped
         print('failed:', error)
     return row | {'skipped': counting.skipped, 'seconds': round(time.process_time() - started, 1)}

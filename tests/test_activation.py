@@ -177,6 +177,8 @@ def test_named():
     x = torch.linspace(-6, 6, 101)
     torch.testing.assert_close(named(' mish ')(x), nn.functional.mish(x))
     torch.testing.assert_close(named('relu2')(x), torch.relu(x) ** 2)
+    for name in ('relu6', 'hardswish'):
+        torch.testing.assert_close(named(name)(x), getattr(nn.functional, name)(x))
     assert named('grafs_gpt_2').formula == '0.43 * silu(sigmoid(silu(x)) * clip(x^2)) + 0.57 * silu(x)'
     assert all(named(name).expression for name in NAMED) and named('x').expression == 'x'
     with pytest.raises(ValueError, match='did you mean gelu'):

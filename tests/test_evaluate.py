@@ -276,6 +276,8 @@ def test_report_keeps_settings_apart(tmp_path, capsys):
     assert [text.count(f'minus {name}') for name in ('relu', 'own', 'gelu')] == [1, 1, 1]
     assert '5 steps of 16' in text and '| test loss | minus gelu' in text
     refused(['--report', tmp_path / 'a', tmp_path / 'typo'], capsys, main=evaluate.main)
+    again = rows('found', 0.5) + [row | {'expression': 'abs(x)', 'seed': 1} for row in rows('found', 0.7)]
+    assert [f'found = {row["expression"]} ' in report(again) for row in again] == [True] * len(again)
 
 # ---- half precision, compilers, several processes, waits ----
 

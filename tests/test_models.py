@@ -259,7 +259,8 @@ def test_own_file_sees_its_neighbours(without, tmp_path, monkeypatch):
 @pytest.mark.parametrize('name, described, published', [
     ('resnet50', '49 sites: 49 relu', 25557032 - 990 * 2049),
     ('mobilenet_v2', '35 sites: 35 relu6', 3504872 - 990 * 1281),
-    ('mobilenet_v3_small', '33 sites: 19 hardswish, 14 relu; left alone: 9 hardsigmoid', 2542856 - 990 * 1025),
+    ('mobilenet_v3_small', '33 sites: 19 hardswish, 14 relu; left alone: 9 hardsigmoid',
+     2542856 - 990 * 1025),
     ('efficientnet_b0', '49 sites: 49 silu; left alone: 16 sigmoid', 5288548 - 990 * 1281),
     ('convnext_tiny', '18 sites: 18 gelu', 28589128 - 990 * 769),
     pytest.param('vit_b_16', '12 sites: 12 gelu', 86567656 - 990 * 769 - 192 * 768, marks=pytest.mark.slow),

@@ -249,13 +249,24 @@ def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatc
     assert torch.allclose(Activation(result['expression'])(x), Activation(best)(x), 1e-4, 1e-5)
 
 def test_around_means_the_standard_itself(monkeypatch):
-    """leaky_relu(x) is not made with ReLU, though its name holds relu(x)."""
+    """leaky_relu(x) is not made with ReLU, though its name holds relu(x). A standard activation that these
+    operations cannot spell leaves the choice open."""
     texts = 'mul(leaky_relu(x), tanh(x))', 'mul(relu(x), tanh(x))'
     monkeypatch.setattr(search, 'Space', lambda *_: None)
     monkeypatch.setattr(search, 'steepest', lambda *_: [search.Match(0.0, 4, parse(t)) for t in texts])
     for around in (True, False):
         found = [f.expression for f in search.proposals(Cell(), Config(candidates=3, around=around))]
         assert [text in found for text in texts] == [not around, True]
+    found = [f.expression for f in search.proposals(Cell(standard='hardswish'), Config(candidates=3))]
+    assert set(texts) < set(found)
+
+def test_methods_and_presets():
+    """--preset paper is the paper's method with its settings, said twice or once."""
+    for model in ('minigpt', 'resnet20'):
+        once, twice = (search.new_config(dict(model=model, preset='paper', **more))
+                       for more in ({}, {'method': 'paper'}))
+        assert once == twice and once.method == 'paper'
+    assert once.steps == 14650 and search.new_config({'method': 'paper'}).steps == 150
 
 QUICK = f'{OPS},neg,abs,sigmoid,max --batch-size 256 --steps 240 --candidates 8'
 
@@ -279,7 +290,8 @@ def test_everything_runs_through(options, tmp_path, capsys):
     """Networks, presets, cell shapes. The paper's procedure is what runs when it is asked for."""
     config = run(tmp_path, *'--steps 2 --batch-size 2 --candidates 0'.split(), *options.split())['config']
     assert bool(config['teacher']) == ('toy' in options and 'cifar' not in options)
-    assert '--context 12' not in options or '--context 12' in capsys.readouterr().out.split('next:')[1]
+    command = capsys.readouterr().out.split('next:')[1]
+    assert all(word in command for word in ('--context 12', '--tokens bytes') if word in options)
     names = ('method', 'sampler', 'normalise', 'discretise', 'shrink')
     assert 'paper' not in options or all(config[name] == search.PAPER[name] for name in names)
 
@@ -400,7 +412,7 @@ def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
     own, found = evaluate.read_ledger(Path('results.jsonl'))
     assert own['name'] == 'own' and found['expression'] != 'own'
     assert own['settings'] == found['settings'] == own['settings'] | {'side': 16, 'only': 'gelu'}
-    assert 'activation.json already' in refused(['--resume', home / 'run'], capsys)
+    assert 'the run is finished' in refused(['--resume', home / 'run'], capsys)
 
 def test_what_is_lost_or_empty(tmp_path, capsys):
     """A log that was cut is said, and begins anew with the settings; an empty one is no run."""
