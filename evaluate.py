@@ -54,8 +54,8 @@ class Training:
     data: str = option('', 'data set; default: the built-in sample that suits the network', choices=data.DATA)
     data_dir: str = option('', 'folder with the files of the data set; default: they are downloaded')
     side: int = option(0, 'average images to this side, in pixels; 0: as they are', choices=(0, 16, 32))
-    preset: str = option('quick', 'quick: minutes, built-in data; evening: CIFAR-10 at side 16, or 14 MB of '
-                         'text; paper: its data and settings', choices=('quick', 'evening', 'paper'))
+    preset: str = option('quick', 'quick: minutes, built-in data; evening: CIFAR-10 at side 16, or '
+                         'TinyStories; paper: its data and settings', choices=('quick', 'evening', 'paper'))
     device: str = option('auto', 'auto, cpu or cuda')
     dtype: str = option('float32', 'of the forward pass; weights, alphas and tables stay in float32',
                         choices=('float32', 'bfloat16'))

@@ -1,7 +1,7 @@
 """The preset `evening` from end to end: searches, and what they found trained beside known functions.
 
     python results/evening.py --data-dir FOLDER --workers 2 --minutes 600
-    python results/evening.py --report
+    python results/evening.py --report          prints the tables and draws (needs matplotlib)
 
 Everything is done once: a search that was cut is resumed, a finished training is a line of
 results/evening.jsonl, so the same command goes on. FOLDER holds CIFAR-10 and TinyStories. In this order:
@@ -55,6 +55,8 @@ def work(connection: Any, data_dir: str, k: int) -> None:
                 options = ['--model', network, '--preset', 'evening', '--method', method, '--seed', str(seed)]
                 if network == 'minigpt' and method == 'paper':
                     options += ['--arch-lr', '1e-3', '--warmstart', '0.1']
+                if network == 'vit_tiny':
+                    options += ['--lr', '1e-3']
                 again = ['--resume', str(folder), '--data-dir', data_dir]
                 new = [*options, '--data-dir', data_dir, '--out', str(folder)]
                 search.main(again if (folder / 'checkpoint.pt').exists() else new)

@@ -1,6 +1,6 @@
 """How many functions are there, and which known ones are among them?
 
-    python results/spaces.py                     half an hour on one core; two tables, in Markdown
+    python results/spaces.py                     half an hour on one core; three tables, in Markdown
     python results/spaces.py --ops base          one set of operations: a minute
 
 Values equal to 1e-6 of the largest at 97 points of [-5, 5] count as one function.
