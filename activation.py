@@ -154,7 +154,8 @@ def shorten(tree: Tree, clip: Clip, ops: str = 'base') -> Tree:
     return min([best, *(fitted(c) for c in candidates if length(c) < length(best))], key=length)
 
 class Activation(nn.Module):
-    """A function; its scalars are parameters. Activation(f.expression, f.clip) is the same, bit for bit."""
+    """A function; its scalars are parameters. Activation(f.expression, f.clip) is the same, bit for bit, as
+    long as the scalars are float32."""
     expression = property(lambda self: write(self.valued))
     formula = property(lambda self: formula(self.valued, self.clip))
     extra_repr = expression.fget
@@ -209,10 +210,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-@torch.fx.wrap  # one step for torch.fx
 def found(x: torch.Tensor, p: list[torch.Tensor]) -> torch.Tensor:
     y = x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
 {lines}    return {result}.to(x.dtype if x.is_floating_point() else y.dtype)
+
+try:
+    torch.fx.wrap('found')  # one step for torch.fx
+except NotImplementedError:
+    pass  # pasted into a notebook
 
 class Found(nn.Module):
     def __init__(self) -> None:

@@ -111,7 +111,8 @@ def find(name: str, data_dir: str | None) -> list[tuple[str, bytes]]:
         if not data_dir and not (place / file).exists():
             download(base + file, place / file)
     folder = place.parent if place.is_file() else place
-    for folder in [folder, *filter(Path.is_dir, sorted(folder.iterdir()))]:
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    for folder in [folder, *(path for path in inside if os.access(path, os.R_OK | os.X_OK))]:
         there = {path.name.lower(): path for path in sorted(folder.iterdir())}
         for path, md5 in ((there[file], md5) for file, md5 in downloads.items() if md5 and file in there):
             if hashlib.md5(path.read_bytes()).hexdigest() != md5:

@@ -193,7 +193,8 @@ def teacher_and_student(planted: Make, searched: Make, inputs: int = 16, hidden:
 ACTIVATIONS = ('relu', 'relu6', 'hardtanh', 'gelu', 'silu', 'leaky_relu', 'elu', 'selu', 'celu', 'hardswish',
                'mish', 'softplus', 'softsign', 'threshold', 'hardshrink', 'softshrink', 'tanhshrink')
 GATES = ('sigmoid', 'tanh', 'hardsigmoid', 'clamp', 'clamp_min')    # sites only where `only` names them
-KNOWN = {*ACTIVATIONS, *GATES, *'prelu rrelu glu softmax lstm gru rnn_tanh rnn_relu rnn_relu_cell'.split()}
+KNOWN = {*ACTIVATIONS, *GATES, *('prelu rrelu glu softmax log_sigmoid lstm gru rnn_tanh rnn_relu lstm_cell '
+                                 'gru_cell rnn_tanh_cell rnn_relu_cell').split()}
 FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')    # with something else
 
 def counted(names: Iterable[str]) -> str:
@@ -212,6 +213,7 @@ class replaced(nn.Module, TorchFunctionMode):
             check_choice('activation in only', name, ACTIVATIONS + GATES)
         self.model, self.make, self.sites, self.recording = model, make, nn.ModuleList(), True
         self.index, self.left, self.hidden = {}, {}, []    # calls with a site, without one, out of reach
+        self.now: dict[tuple, Callable] = {}               # of those with a site: the last call
         self.names = {m: name for name, m in model.named_modules()}
         args, modes = example if isinstance(example, tuple) else (example,), [m.training for m in self.names]
         self.outputs = [self.probe(training, args) for training in (True, False)]
@@ -223,7 +225,7 @@ class replaced(nn.Module, TorchFunctionMode):
                              f"out, or name one of {', '.join(GATES)} there")
 
     def probe(self, training: bool, args: tuple) -> tuple[int, ...] | str:
-        """Record the calls. Returns the shape or type of the output. Buffers and random numbers stay."""
+        """Record the calls. Returns the shape or type of the output. Buffers, torch's random state stay."""
         buffers = {key: b.clone() for key, b in self.named_buffers()}
         weights = [p for p in self.model.parameters() if p.requires_grad]
         cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
@@ -240,6 +242,7 @@ class replaced(nn.Module, TorchFunctionMode):
                 torch.autograd.grad(output.sum(), weights, allow_unused=True)    # backward, too
         return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """A pass of the network that catches all calls. Meanwhile torch.compile does nothing, and by itself
         PyTorch leaves the fast path of its attention layers, which has an activation of its own."""
@@ -275,9 +278,10 @@ class replaced(nn.Module, TorchFunctionMode):
             self.left.setdefault(key, name + ' without gradient' * taken)
         if not taken or key in self.left:
             return function(x, *rest, **kwargs)
-        call = lambda v: function(v.clone() if in_place else v, *rest, **kwargs)
+        # the site has the call as it is now: a slope may be drawn anew, or be a buffer
+        self.now[key] = call = lambda v: function(v.clone() if in_place else v, *rest, **kwargs)
         if key not in self.index:
-            self.index[key] = self.make(call)
+            self.index[key] = self.make(lambda v: self.now[key](v))
             if isinstance(self.index[key], nn.Module):
                 self.sites.append(self.index[key].to(x.device).train(self.training))
         # the network may write into x later, and what stands here may need it for its gradient

@@ -132,7 +132,8 @@ def select(text: str = 'base') -> tuple[tuple[Op, ...], tuple[Op, ...]]:
         out) or 'identity,relu,tanh,add,mul'. Raises ValueError for an unknown name or a kind left empty.
     """
     chosen: set[str] = set()
-    for word in filter(None, (w.strip() for w in text.split(','))):
+    words = filter(None, (w.strip() for w in text.split(',')))
+    for word in sorted(words, key=lambda word: word[0] == '-'):  # what is taken out comes last
         name = word.removeprefix('-')
         check_choice('operation or set in --ops', name, [*SETS, *ALL])
         names = {op.name for ops in SETS[name] for op in ops} if name in SETS else {name}

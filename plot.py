@@ -49,7 +49,7 @@ def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
             line = f"error: {error.filename or 'output'}: {error.strerror or error}; {hint()}"
         elif getattr(error, 'name', None) in ('matplotlib', 'scipy', 'tiktoken', 'torchvision'):
             line = f'error: this needs {error.name}: pip install {error.name}'
-        elif re.search("out of memory|can't allocate memory|^$", str(error)):
+        elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             line = 'error: out of memory; try a smaller --batch-size'
         elif isinstance(error, RuntimeError) and re.search('compiler|Triton', str(error)):
             line = 'error: --compile finds no compiler here; leave it out'
@@ -92,8 +92,11 @@ class Everything:
     """Weights and all buffers of a network, also those that its own state_dict leaves out, and that grow."""
     def __init__(self, model: nn.Module):
         self.model = model
-        for module in model.modules():  # a buffer made by expand() has no memory of its own
-            module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
+        own = {}  # a buffer made by expand() has no memory of its own; one of two modules stays one
+        for module in model.modules():
+            for name, b in list(module._buffers.items()):
+                if b is not None:
+                    module._buffers[name] = own.setdefault(id(b), b.clone())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return itertools.chain(self.model.named_parameters(), self.model.named_buffers())
@@ -283,11 +286,11 @@ def table(rows: list[dict[str, Any]], reference: str, metric: str) -> str:
 
 def distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows; where several functions share a name, as a run folder's that was made anew, each gets its
-    expression as well."""
+    expression and bound as well."""
     functions = {(row['name'], row['expression'], row['clip']) for row in rows}
     shared = [name for name, *_ in functions]
     return [row if shared.count(row['name']) == 1 else
-            row | {'name': f"{row['name']} = {row['expression']}"} for row in rows]
+            row | {'name': f"{row['name']} = {row['expression']}, clip {row['clip']}"} for row in rows]
 
 def report(rows: list[dict[str, Any]]) -> str:
     """A table for every group of rows with the same settings."""
@@ -366,8 +369,8 @@ def search(folder: Path) -> Path:
     return folder / 'search.png'
 
 def comparison(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Draw the functions of an evaluation, their training curves, and their differences to the reference. Of
-    several evaluations: the first."""
+    """Draw the functions of an evaluation, their training curves, and their differences to the reference: the
+    reference and the six best, by loss. Of several evaluations: the first."""
     settings = rows[0]['settings']
     rows = [row for row in distinct(rows) if row['settings'] == settings and not row['diverged']]
     reference = STANDARD.get(settings['model'], 'own')

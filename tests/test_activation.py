@@ -129,7 +129,8 @@ def test_module(tmp_path):
         assert Activation('mul(sigmoid(tanh(x)), tanh(x))').shortened(ops).expression == want
 
 def load(text, folder):
-    """Found() of the exported file, imported as a stranger would."""
+    """Found() of the exported file, imported as a stranger would; it can be pasted into a notebook, too."""
+    exec(compile(text, 'cell', 'exec').replace(co_name='<cell line: 1>'), {})
     (folder / 'found.py').write_text(text, encoding='utf-8')
     spec = importlib.util.spec_from_file_location('found', folder / 'found.py')
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))

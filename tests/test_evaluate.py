@@ -276,8 +276,9 @@ def test_report_keeps_settings_apart(tmp_path, capsys):
     assert [text.count(f'minus {name}') for name in ('relu', 'own', 'gelu')] == [1, 1, 1]
     assert '5 steps of 16' in text and '| test loss | minus gelu' in text
     refused(['--report', tmp_path / 'a', tmp_path / 'typo'], capsys, main=evaluate.main)
-    again = rows('found', 0.5) + [row | {'expression': 'abs(x)', 'seed': 1} for row in rows('found', 0.7)]
-    assert [f'found = {row["expression"]} ' in report(again) for row in again] == [True] * len(again)
+    again = [row | {'expression': text, 'clip': clip} for text, clip in
+             (('abs(x)', None), ('square(x)', 10.0), ('square(x)', 3.0)) for row in rows('found', 0.5)]
+    assert report(again).count('found = ') == 3 and 'found = square(x), clip 3.0 ' in report(again)
 
 # ---- half precision, compilers, several processes, waits ----
 

@@ -134,6 +134,23 @@ def test_a_call_keeps_its_site():
     other.model.append(nn.CELU(2.5, inplace=True))    # never recorded
     assert torch.equal(other(x, skip=2), F.celu(F.leaky_relu(x), 2.5)) and not other.sites[3].training
 
+def test_a_site_has_the_call_as_it_is_now():
+    """A slope that changes, a bound that is a buffer."""
+    class Changing(nn.Module):
+        slope = 0.1
+
+        def __init__(self):
+            super().__init__()
+            self.top = nn.Buffer(torch.ones(6))
+
+        def forward(self, x):
+            return F.leaky_relu(x, self.slope).clamp(-9 * self.top, self.top)
+    x = torch.randn(5, 6)
+    model, calls = Changing(), []
+    other = replaced(model, lambda call: calls.append(call) or call, x, 'leaky_relu, clamp')
+    model.slope, model.top = 0.7, nn.Buffer(torch.full((6,), 0.3))
+    assert torch.equal(other(x), model(x)) and torch.equal(calls[0](x), F.leaky_relu(x, 0.7))
+
 RELU, SIGMOID = nn.ReLU(inplace=True), nn.Sigmoid()
 
 @pytest.mark.filterwarnings('ignore:None of the inputs', 'ignore:.*torch.jit')
@@ -141,6 +158,7 @@ RELU, SIGMOID = nn.ReLU(inplace=True), nn.Sigmoid()
     ([RELU, SIGMOID, nn.PReLU()], None, '^1 site: 1 relu; left alone: 1 sigmoid, 1 prelu$'),
     ([RELU, SIGMOID], 'relu, sigmoid', '^2 sites: 1 relu, 1 sigmoid$'),
     ([RELU, nn.RNN(6, 6, nonlinearity='relu')], None, '^1 site: 1 relu; left alone: 1 rnn_relu$'),
+    ([RELU, nn.GRUCell(6, 6), nn.LogSigmoid()], None, '^1 site.* alone: 1 gru_cell, 1 log_sigmoid$'),
     ([net(lambda x: F.gelu(checkpoint(F.relu, x, use_reentrant=True)))], None, 'compatible with .grad'),
     ([net(lambda x: F.gelu(torch.no_grad()(F.relu)(x)))], None, '^1 site.* alone: 1 relu without gradient$'),
     ([net(lambda x: F.gelu(checkpoint(F.relu, x, use_reentrant=False)))], None, 'checkpoint.* out of reach'),
@@ -175,6 +193,7 @@ def test_a_replaced_network_is_a_module():
     twin.load_state_dict(other.state_dict())
     assert torch.equal(other(x), twin(x)) and other(x[:0]).shape == (0, 3)
     torch.testing.assert_close(torch.vmap(lambda v: other(v[None])[0])(x), other(x))
+    assert torch.equal(torch.compile(other, backend='eager')(x), other(x))
 
 # ---- --model ----
 

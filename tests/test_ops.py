@@ -48,6 +48,7 @@ def test_select():
     assert {'sin', 'sinc'} < set(unary) and 'sinh' not in unary and (len(unary), len(binary)) == (25, 9)
     assert not {'silu', 'gelu', 'elu', 'leaky_relu'} & {op.name for op in select('no-composites')[0]}
     assert [op.name for op in select('tanh, add,relu')[0]] == ['tanh', 'relu']
+    assert select('-sinh,base') == select('base,-sinh')
     for text, word in ('base,tahn', 'mean tanh.*one of: base,'), ('tanh', 'no binary'), ('', 'no unary'):
         with pytest.raises(ValueError, match=word):
             select(text)

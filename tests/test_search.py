@@ -424,7 +424,7 @@ def test_what_is_lost_or_empty(tmp_path, capsys):
     assert 'log.jsonl has been cut' in capsys.readouterr().err and log(tmp_path)[0]['standard'] == 'abs(x)'
 
 def test_memory_that_is_shared():
-    """Weights that are views of others stay tied when a state comes back."""
+    """Weights that are views of others stay tied when a state comes back, and a buffer of two modules one."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
     model[1].weight = nn.Parameter(model[0].weight.data.t())
     everything = search.Everything(model)
@@ -433,6 +433,10 @@ def test_memory_that_is_shared():
     everything.load_state_dict(state)
     model[0].weight.data.add_(1)
     assert torch.equal(model[1].weight, model[0].weight.t()) and model[0].weight.std() > 0
+    for layer in model:
+        layer.register_buffer('table', state['0.bias'])
+    search.Everything(model)
+    assert model[0].table is model[1].table is not state['0.bias']
 
 # ---- the command line ----
 
