@@ -175,6 +175,9 @@ def test_histograms_and_the_tables_normalised_by_them(normalise):
         moment = usual.var() if normalise == 'centre' else (usual ** 2).mean()
         assert np.isclose((y ** 2).mean(), moment, rtol=0.04)
         assert abs(y.mean()) < 0.03 * y.std() or normalise == 'scale'
+    values = torch.randn(1, len(cell.grid)).requires_grad_()  # gain earns nothing: no slope along the values
+    slope, = torch.autograd.grad((cell.normalised(values) * torch.randn(len(cell.grid))).sum(), values)
+    assert (slope * values).sum().abs() < 1e-4 * slope.norm() * values.norm()
 
 @pytest.mark.parametrize('draw, training, gradient, seen', [
     (torch.no_grad()(Cell.tabulate), True, True, True), (Cell.tabulate, True, True, False),
@@ -205,6 +208,17 @@ def test_a_site_that_comes_later():
     assert all(t.any() for t in collected)
     cell.reset()
     assert not any(t.any() for t in collected)
+
+def test_what_is_collected():
+    """dL/df without what a + b x would change, weighted by the inputs: against numpy's least squares."""
+    cell, _ = random_cell()
+    x, g = cell.double().grid.numpy(), torch.randn(1, len(cell.grid)).double()
+    cell.collect(g, early=False)
+    w = cell.seen[0, torch.arange(len(x)) * BINS // len(x)].sqrt().numpy()
+    for h in np.ones_like(x), x, x ** 2, np.tanh(x):
+        rest = h - np.polyval(np.polyfit(x, h, 1, w=w), x)
+        assert cell.gradient.numpy() @ h == pytest.approx(g[0].numpy() @ rest, abs=1e-6)
+    assert torch.equal(cell.inputs, cell.seen[0]) and not cell.early.any()
 
 def test_the_free_curve():
     """It is added where it is set free, linear between its 97 points, a quarter apart: a hat around each."""

@@ -118,6 +118,7 @@ def test_split_resume_and_device(dataset):
     earlier = [next(batches) for _ in range(5)]
     again.load_state_dict(batches.state_dict())
     assert all(map(torch.equal, next(again), new := next(batches))) and not new[0].equal(earlier[0][0])
+    assert not torch.equal(earlier[0][1], earlier[3][1])  # images: the second epoch has another order
     assert [t.device.type for t in next(Batches(*arguments, device='meta'))] == ['meta'] * 2
     with pytest.raises(ValueError, match='--batch-size 21: 1 to 20|--context 4096: 1 to 4095'):
         Batches(dataset, data.whole(dataset), 21, 0, context=BLOCK)
@@ -133,11 +134,15 @@ def test_augmentation_against_loops():
         assert list(labels) == y.tolist() and sorted(labels) == list(range(20))
         seen.update(ways)
     assert len(seen) == 18
+    still = data.augmented(X, False, data.generator('augment', 0, 0))  # digits are not mirrored
+    assert all(variants[i.numpy().tobytes()][1][2] == 1 for i in still)
 
 def test_windows_and_test_batches():
-    """The target is one token on, within a block; the test set comes once, in order."""
+    """The target is one token on, within a block; the test set comes once, in order; pixels are N(0, 1)."""
     x, y = next(Batches(COUNT, data.whole(COUNT), 300, seed=0, context=BLOCK - 3))
     assert torch.equal(y, x + 1) and torch.equal(x[:, 0] // BLOCK, y[:, -1] // BLOCK)
     x, y = (torch.cat(tensors) for tensors in zip(*data.test_batches(COUNT, 4, context=30)))
     assert x.flatten().tolist() == list(range(990)) and torch.equal(y, x + 1)
     assert torch.cat([y for _, y in data.test_batches(IMAGES, 2)]).tolist() == list(range(5))
+    std, mean = torch.std_mean(next(Batches(IMAGES, IMAGES.train, 20, 0))[0], (0, 2, 3), correction=0)
+    assert torch.allclose(mean, torch.zeros(3), atol=1e-5) and torch.allclose(std, torch.ones(3), atol=1e-5)

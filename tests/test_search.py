@@ -1,4 +1,5 @@
 """search.py: two levels that never touch, a shrinking that ends, kills that cost nothing, one-line errors."""
+import copy
 import itertools
 import json
 import math
@@ -121,10 +122,49 @@ def test_batches_of_one_step_are_one_batch():
         model = nn.Sequential(nn.Linear(3, 4), cell.site(), nn.Linear(4, 2))
         halves = [(half, (half[:, 0] > 0).long()) for half in x.flatten(0, 1).split(16 // accumulate)]
         search.search(model, cell, iter(halves), itertools.chain(halves[:1], halves), cross_entropy,
-                      Config(steps=8, accumulate=accumulate, arch_lr=0.1, lr=0.1, candidates=0, judge=2))
+                      Config(steps=8, accumulate=accumulate, arch_lr=0.1, lr=0.1, candidates=0, judge=2,
+                             optimizer='sgd', grad_clip=0.0))
         results.append([p.detach() for p in (*model.parameters(), *cell.parameters())])
     assert all(torch.allclose(a, b, 1e-3, 1e-5) for a, b in zip(*results))
     assert cell.alpha[0].abs().max() > 0.1
+
+def test_schedules_of_the_loop():
+    """Rates of both levels, the temperature, and the weight of the standard with which the cell begins."""
+    class Watch(search.Run):
+        def after(self, *words):
+            rates = (self.parts[name].param_groups[0]['lr'] for name in ('weight_opt', 'arch_opt'))
+            seen.append([cell.temperature, *rates, cell.alpha[-1].max().item()])
+            super().after(*words)
+    cell, seen = Cell('relu,tanh,identity,right,mul', sampler='softmax'), []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), cell.site(), nn.Linear(8, 10))
+    config = Config(steps=10, warmstart=0.2, warmup=0.5, lr_end=0.1, arch_lr_end=0.1, shrink='none',
+                    candidates=0, start=0.9)
+    search.search(model, cell, images(1), images(2), cross_entropy, config, Watch(config))
+    for k, row in enumerate(seen):
+        arch_lr = 0.03 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 10)) / 2)
+        lr = evaluate.learning_rate(k, config)
+        assert row[:3] == pytest.approx([0.1 ** (max(0, k - 2) / 7), lr, arch_lr])
+    assert seen[0][3] == pytest.approx(math.log(9), abs=0.01)
+
+def test_the_slopes_are_those_of_the_loss():
+    """Over the grid, what is collected sums to the slope of the loss by a constant added to the standard."""
+    cell, got, (x, y) = Cell(OPS), [], next(images(0, shape=(64, 4)))
+    first, last = nn.Linear(4, 8), nn.Linear(8, 10)
+    before, after = copy.deepcopy(first), copy.deepcopy(last)
+    cell.collect = lambda slopes, early: got.append((slopes, early))
+    model, batches = nn.Sequential(first, cell.site(), last), itertools.repeat((x, y))
+    search.search(model, cell, batches, batches, cross_entropy,
+                  Config(steps=40, warmstart=0.8, candidates=0, ops=OPS))
+    t = torch.zeros((), requires_grad=True)
+    slope, = torch.autograd.grad(cross_entropy(after(torch.relu(before(x)) + t), y), t)
+    assert got[0][0].sum().item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-6)
+    assert [early for _, early in got] == [4 <= k <= 8 for k in range(32)]
+
+def test_gradients_are_clipped_together():
+    g = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    assert search.clip_gradients(g, 1.0) and [*g[0].tolist(), g[1].item()] == pytest.approx([0.6, 0.0, 0.8])
+    assert search.clip_gradients(g, 2.0) and g[1].item() == pytest.approx(0.8)
+    assert not search.clip_gradients(g, 1.0, torch.tensor([math.nan]))
 
 def test_the_levels_see_disjoint_data(monkeypatch):
     """Three quarters train the weights, augmented, the rest the alphas. Each image has a shade of its own."""
@@ -167,19 +207,24 @@ def test_a_bad_batch_leaves_no_trace():
     assert cell.gradient.isfinite().all()
 
 def test_any_network_by_a_call(monkeypatch):
-    """No run folder. In the warm start and in the first trial the network calls its own activations."""
+    """No run folder. In the warm start and in the first trial the network calls its own activations. All
+    trials begin with its first weights, and proposals are measured by its most frequent activation."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.LeakyReLU(0.2), nn.SiLU(), nn.Linear(8, 10))
     (x, _), cell, plain = next(images(0)), Cell(OPS), []
     network = replaced(model, cell.site, x)
 
+    first, starts, real = bits(model.parameters()), [], search.train
+
     def watched(function):
         return lambda *words: plain.append(torch.equal(network(x), model(x))) or function(*words)
+    monkeypatch.setattr(search, 'train', lambda *rest: starts.append(bits(model.parameters())) or real(*rest))
     monkeypatch.setattr(search.Run, 'after', watched(search.Run.after))
     monkeypatch.setattr(search, 'train', watched(search.train))
     config = Config(steps=5, warmstart=0.4, ops=OPS)
     _, scores = search.search(network, cell, images(1), images(2), cross_entropy, config)
     assert plain[:6] == [True, True, False, False, False, True] and not any(plain[6:])
-    assert scores.keys() == {'loss', 'accuracy', 'standard_loss'}
+    assert scores.keys() == {'loss', 'accuracy', 'standard_loss'} and starts == [first] * len(plain[5:])
+    assert len(starts) > 1 and cell.standard.expression == 'leaky_relu(x)'
 
 def test_several_inputs_and_no_buffer():
     """Batches ((x, z), y) for a network of two inputs, the third not finite: it is skipped."""
@@ -240,13 +285,27 @@ def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatc
         return real(model, iter(batches), *rest)
     monkeypatch.setattr(search, 'train', train)
     monkeypatch.setattr(search, 'repeatable', lambda b, n: counts.append(n) or batches_of(b, n))
+    judged, scored = [], search.score
+
+    def score(model, batches, loss):
+        batches = list(batches)
+        judged.append(bits([x for x, _ in batches]))
+        return scored(model, batches, loss)
+    monkeypatch.setattr(search, 'score', score)
     result = run(tmp_path, '--discretise', discretise, '--steps', steps)
     tried = {row['tried']: row['loss'] for row in log(tmp_path) if 'tried' in row}
-    assert starts == starts[:1] * len(tried) and len(tried) > 1 and max(counts) <= int(steps)
+    assert starts == starts[:1] * len(tried) and len(tried) > 1 and judged[1:] == judged[1:2] * len(tried)
+    assert set(counts) == {1, min(10, int(steps)), max(2, round(0.15 * int(steps)))}
     assert result['validation']['standard_loss'] == tried.pop('abs(x)')
     best, x = min(tried, key=tried.get), torch.linspace(-3, 3, 61)
     assert result['validation']['loss'] == tried[best]
     assert torch.allclose(Activation(result['expression'])(x), Activation(best)(x), 1e-4, 1e-5)
+
+def test_a_trial_that_diverges_does_not_win(tmp_path, monkeypatch):
+    losses = iter([1.0, 0.5, math.nan, 2.0])  # the first look, the standard, the two functions
+    monkeypatch.setattr(search, 'score', lambda *_: {'loss': next(losses)})
+    monkeypatch.setattr(search, 'proposals', lambda *_: [Activation('tanh(x)'), Activation('relu(x)')])
+    assert run(tmp_path, '--steps', '4')['validation'] == {'loss': 2.0, 'standard_loss': 0.5}
 
 def test_around_means_the_standard_itself(monkeypatch):
     """leaky_relu(x) is not made with ReLU, though its name holds relu(x). A standard activation that these
@@ -260,6 +319,16 @@ def test_around_means_the_standard_itself(monkeypatch):
     found = [f.expression for f in search.proposals(Cell(standard='hardswish'), Config(candidates=3))]
     assert set(texts) < set(found)
 
+def test_order_of_the_proposals(monkeypatch):
+    """The best of each length in turn, of the lengths that are wanted, in the region that is trusted."""
+    rows = [(0.3, 3, 'square(relu(x))'), (0.1, 3, 'tanh(relu(x))'), (0.2, 4, 'mul(relu(x), x)'),
+            (-1.0, 6, 'exp(relu(x))')]
+    monkeypatch.setattr(search, 'Space', lambda *_: None)
+    monkeypatch.setattr(search, 'steepest', lambda _, cell, trust: [
+        search.Match(score, n, parse(text)) for score, n, text in rows] if trust == 0.3 else [])
+    found = [f.expression for f in search.proposals(Cell(), Config(candidates=4, trust=0.3))]
+    assert found[-3:] == ['tanh(relu(x))', 'mul(relu(x), x)', 'square(relu(x))']
+
 def test_methods_and_presets():
     """--preset paper is the paper's method with its settings, said twice or once."""
     for model in ('minigpt', 'resnet20'):
@@ -267,6 +336,13 @@ def test_methods_and_presets():
                        for more in ({}, {'method': 'paper'}))
         assert once == twice and once.method == 'paper'
     assert once.steps == 14650 and search.new_config({'method': 'paper'}).steps == 150
+    assert (once.candidates, once.start, once.warm_alphas) == (0, 0.0, True)
+    for preset, model in itertools.product(search.PRESETS, evaluate.STANDARD):
+        search.new_config(dict(preset=preset, model=model))
+    options = dict(sampler='shared', normalise='none', shape='core', clip=3.0)
+    given = {'cell' if name == 'shape' else name: value for name, value in options.items()}
+    _, cell, *_ = search.prepare(search.new_config(dict(model='toy', **given)))
+    assert {name: getattr(cell, name) for name in options} == options
 
 QUICK = f'{OPS},neg,abs,sigmoid,max --batch-size 256 --steps 240 --candidates 8'
 
@@ -293,7 +369,10 @@ def test_everything_runs_through(options, tmp_path, capsys):
     command = capsys.readouterr().out.split('next:')[1]
     assert all(word in command for word in ('--context 12', '--tokens bytes') if word in options)
     names = ('method', 'sampler', 'normalise', 'discretise', 'shrink')
-    assert 'paper' not in options or all(config[name] == search.PAPER[name] for name in names)
+    paper = ['paper', 'dirichlet', 'none', 'shrink', 'log']
+    assert 'paper' not in options or [config[name] for name in names] == paper
+    usual = 'abs' if config['teacher'] else 'relu' if re.search('resnet|toy', options) else 'gelu'
+    assert log(tmp_path)[0]['standard'] == f'{usual}(x)'
 
 # ---- the run folder ----
 

@@ -78,9 +78,14 @@ def test_keys_are_equal_for_what_is_equal_to_1e_6(spellings):
     assert (keys(f, scale=True) == keys(-3 * f, scale=True)).all()
     assert len(set(keys(5 + 1e-15 * f, True, True))) == 1  # constants
 
-def proposed(**collected):
-    """By `steepest`, from what a cell with ReLU has collected at the points of the space."""
-    return steepest(SPACE, SimpleNamespace(grid=X, bins=torch.arange(97), standard=F.relu, **collected), 0.8)
+def proposed(grid=X, **collected):
+    """By `steepest`, from what a cell with ReLU has collected, at the space's points or on another grid."""
+    cell = SimpleNamespace(grid=grid, bins=torch.arange(len(grid)), standard=F.relu, **collected)
+    return steepest(SPACE, cell, 0.8)
+
+def spread(v):
+    """(97,) values -> (193,) with the same sums over functions that are linear between the points."""
+    return torch.cat([v - F.pad(v[1:], (0, 1)) / 2 - F.pad(v[1:], (1, 0)) / 2, v[1:]])
 
 @pytest.mark.parametrize('seed, early', [(0, P), (3, P), (0, torch.softmax(X - X.square(), 0))])
 def test_steepest_is_what_brute_force_finds(seed, early, spellings):
@@ -95,6 +100,9 @@ def test_steepest_is_what_brute_force_finds(seed, early, spellings):
     scores = torch.where((far > 0.1) & (far < 0.8) & varies & moves, slope, torch.inf).numpy()
     found = front(proposed(gradient=P * noise, inputs=P, early=early))
     assert [match[:2] for match in found] == best_by_length(spellings[0], scores)
+    wide = torch.cat([X * (1 + (X.abs() == 5)), X[1:] - 5 / 96])
+    other = front(proposed(wide, gradient=spread(P * noise), inputs=spread(P), early=spread(early)))
+    assert [match[:2] for match in other] == [pytest.approx(match[:2], abs=1e-9) for match in found]
     assert not any(proposed(gradient=p, inputs=p, early=0 * P) for p in (P, 0 * P))
 
 def test_deep_goes_on_from_the_best_of_two_stages():
