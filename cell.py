@@ -87,13 +87,15 @@ BINS, SAMPLE = 256, 2048  # the histogram of a site's inputs: its bins, and how 
 
 class Cell(nn.Module):
     """The relaxed cell of all sites of a network; `activation=cell.site` makes the network's activations.
-    Its parameters are the architecture: alpha and scalars, (operations,) by choice point. Sites hold none.
+    `architecture` is what is searched: alpha and scalars, (operations,) by choice point. Sites hold none.
 
     ops: see ops.select. clip: the paper's l, or None. shape: see SHAPES. standard: where a site has none.
     sampler: 'dirichlet': weights drawn anew for each site and step (DrNAS; paper, variance reduction);
         'shared': one draw for all sites (DrNAS as published); 'mean' of that Dirichlet; 'softmax' (DARTS).
     normalise: 'none' (paper); 'scale': a site's table gets the second moment that its standard activation has
         under its inputs: gain, which outweighs shape, earns nothing; 'centre': the variance, at mean 0."""
+
+    architecture = property(lambda self: [self.free, *self.alpha, *self.scalars])  # no scalars of `standard`
 
     def __init__(self, ops: str = 'base', clip: Optional[float] = CLIP, sampler: str = 'dirichlet',
                  standard: str = 'relu', normalise: str = 'none', shape: str = 'paper', points: int = POINTS):
@@ -123,7 +125,8 @@ class Cell(nn.Module):
         self.sites += 1
         self.standards.append(standard or self.standard)
         if self.functions is not self.standards:  # a branch taken later: its standard until the next table
-            self.functions = [*self.functions, self.standards[-1]]
+            one = self.functions if self.values is None else self.standards  # or what stands at all sites
+            self.functions = [*self.functions, *one[-1:]]
         x = self.grid[self.bins]
         self.seen = torch.cat([self.seen, torch.softmax(-x.square() / 2, 0)[None]])  # N(0, 1) at first
         self.usual = torch.cat([self.usual, self.standards[-1](x).detach()[None]])
@@ -274,6 +277,10 @@ class Cell(nn.Module):
         return {choice: {ops[j].name: round(w, 4) for j, w in zip(active, weights[0].tolist())}
                 for choice, ops, active, weights in rows}
 
+    def load_state_dict(self, state: dict, strict: bool = True) -> Any:
+        """A site that came later than these will come again; its histogram begins anew."""
+        return super().load_state_dict({**state, 'seen': state['seen'][:self.sites]}, strict)
+
     def get_extra_state(self) -> list[list[int]]:
         return [list(active) for active in self.active]
 
@@ -301,7 +308,7 @@ class Site(nn.Module):
 
 @torch.no_grad()
 def blame(model: nn.Module, cell: Cell, x: Any) -> dict[str, Any]:
-    """Where numbers go wrong on the batch x, by one more forward pass; buffers and random state stay.
+    """Where numbers go wrong on the batch x, by one more forward pass; buffers and torch's random state stay.
     site: the first whose output is not finite, else that with the largest; inputs: their range. op: the first
     operation that is not finite there, as 'U2:exp', else that with the largest output; size: of that output,
     before clipping. gradient: the first weight whose .grad is not finite, or None."""

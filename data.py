@@ -181,12 +181,16 @@ def is_first() -> bool:
     """Whether this process writes and speaks: alone, or the first of torchrun's ranks."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
 def average(tensors: Iterable[Tensor]) -> None:
     """Under torchrun: each becomes its mean over the ranks, the same bits on all of them. Alone: nothing."""
     if dist.is_initialized() and (tensors := list(tensors)):
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = torch.cat([tensor.flatten() for tensor in tensors]) / ranks()  # no sum overflows
         dist.all_reduce(flat)
-        means = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        means = flat.split([tensor.numel() for tensor in tensors])
         for tensor, mean in zip(tensors, means):
             tensor.copy_(mean.view_as(tensor))
 
@@ -236,8 +240,8 @@ class Batches(Iterator):
         self.tensors = [t.to(device) for t in (part if self.text else [*part, *dataset.normal])]
 
     def start(self, size: int, seed: int, device: str) -> None:
-        self.rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.size, self.ranks, self.seed, self.device, self.position = size * ranks, ranks, seed, device, 0
+        self.rank, self.ranks = dist.get_rank() if dist.is_initialized() else 0, ranks()
+        self.size, self.seed, self.device, self.position = size * self.ranks, seed, device, 0
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         x, y = self.draw(self.position)

@@ -158,6 +158,8 @@ def check_device(device: str) -> str:
     if not re.fullmatch(r'[a-z]+(:\d+)?', device) or not present.get(device.split(':')[0]):
         raise ValueError(f'--device {device} is not there, or not in this PyTorch; use --device cpu')
     data.meet(device)
+    if device.startswith('cuda:'):
+        torch.cuda.set_device(device)  # whose random state a checkpoint keeps
     return device
 
 # ---- training ----
@@ -298,13 +300,15 @@ def retrain(f: Optional[Activation], config: Training, dataset: data.Dataset, se
 def evaluate(activations: dict[str, Optional[Activation]], config: Training,
              seeds: Iterable[int]) -> list[dict[str, Any]]:
     """Train what the ledger lacks, seed by seed; the rows of this comparison. A run is known by expression,
-    clip bound (where it acts), seed, settings (not folders, machine), checksums of network and data."""
+    clip bound (where it acts), seed, settings (not folders, machine; under torchrun the batch is that of all
+    ranks), checksums of network and data."""
     dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
     own = network(config, lambda call: call, dataset) if ':' in config.model else None
     if own:
         print(f'{config.model}: {own.describe()}')
     settings = {**vars(config), 'model': Path(config.model).name, 'lr_milestones': list(config.lr_milestones),
-                'source': own.source if own else '', 'digest': dataset.digest}
+                'batch_size': config.batch_size * data.ranks(), 'source': own.source if own else '',
+                'digest': dataset.digest}
     settings = {name: value for name, value in settings.items() if name not in ('data_dir', 'out', 'device')}
 
     def identity(row: dict[str, Any]) -> str:
@@ -379,7 +383,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
                      *(f'random_{k}' for k in range(given.get('random', 0)))]
             activations = {'own': None} if ':' in config.model else dict([resolve(STANDARD[config.model])])
             for name, f in map(resolve, names):
-                if str(activations.setdefault(name, f)) != str(f):
+                known = activations.setdefault(name, f)
+                if (str(known), getattr(known, 'clip', None)) != (str(f), f.clip):
                     raise ValueError(f'two functions are called {name}: rename one of the run folders')
             rows = evaluate(activations, config, given.get('seeds', range(3)))
         print('\n' + report(rows))

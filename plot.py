@@ -107,6 +107,8 @@ class Everything:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.tensors():
+            if name not in state:
+                continue
             if tensor.shape == state[name].shape:
                 tensor.copy_(state[name])  # others may share its memory
             else:
@@ -128,6 +130,9 @@ class Run:
     checkpoint.pt: everything needed to go on exactly, replaced every minute. resumed: its content."""
     def __init__(self, config: Any, folder: Optional[Path] = None, resumed: Optional[dict] = None):
         self.config, self.folder, self.resumed = config, folder, resumed
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / LOG).touch()
         new = dict(step=0, skipped=0, results={}, seconds=0.0, log_size=0)
         self.state, self.saved = resumed['state'] if resumed else new, time.monotonic()
         self.started = self.saved - self.state['seconds']
@@ -174,8 +179,9 @@ class Run:
         if dropped or trouble:
             self.log({'step': step, 'dropped': dropped} | (trouble or {}))
         if state['skipped'] == 20:
+            advice = 'a smaller --lr or --clip, or --normalise scale' if config.clip else '--clip 10'
             raise ValueError(f"20 steps in a row were not finite, last at site {trouble['site']}, operation "
-                             f"{trouble['op']}; try a smaller --lr or --clip, or --normalise scale")
+                             f"{trouble['op']}; try {advice}")
         if self.folder and (ended or step % max(1, config.steps // 100) == 0):  # here losses leave the device
             cell, minutes = self.parts['cell'], (time.monotonic() - self.started) / 60
             losses = [v if v is None else v.item() * config.accumulate for v in (train_loss, val_loss)]

@@ -136,7 +136,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
            config: Config, run: Optional[Run] = None) -> Result:
     """Search an activation for `model`, whose activations are sites of `cell`, made with config's ops, clip
     and cell. Batches: endless (input, target) of disjoint data; with state_dict for a run folder."""
-    weights, architecture = [p for p in model.parameters() if p.requires_grad], list(cell.parameters())
+    weights, architecture = [p for p in model.parameters() if p.requires_grad], cell.architecture
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
     if not weights:
         raise ValueError('the network has no weight that learns: unfreeze some (requires_grad_)')
@@ -150,13 +150,14 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         cell.standard = named(name) if name in NAMED else cell.standard
     cell.reset(1e-3, config.start)
     weight_opt = weight_optimizer(weights, config)
+    weight_opt.zero_grad()  # what a user's training has left
     arch_opt = torch.optim.Adam(architecture, lr=config.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
     run = run or Run(config)
     run.hold(model=everything, cell=cell, weight_opt=weight_opt, arch_opt=arch_opt, train=train_batches,
              val=val_batches)
     all_operations, warmstart = sum(map(len, cell.ops)), config.at(config.warmstart)
-    buffers = (b for b in model.buffers() if b.is_floating_point() and b.numel())
-    running = [b for b in buffers if b.isfinite().all()]  # running statistics, no mask of -inf
+    buffers = ((name, b) for name, b in model.named_buffers() if b.is_floating_point() and b.numel())
+    names = {name for name, b in buffers if b.isfinite().all()}  # running statistics, no mask of -inf
     model.train()
 
     for step in range(run.state['step'], config.steps):
@@ -193,7 +194,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         # 2. Weight step: the weights, on training batches. No graph leads from the tables to the alphas.
         for group in weight_opt.param_groups:
             group['lr'] = learning_rate(step, config)
-        before = [b.clone() for b in running]
+        before = {name: b.clone() for name, b in model.named_buffers() if name in names}
         with torch.no_grad():
             cell.use_standard() if warm else cell.tabulate()
         for _ in range(config.accumulate):
@@ -202,13 +203,13 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
                 train_loss = loss(call(model, x), y) / config.accumulate
             train_loss.backward()
         gradients = [p.grad for p in weights if p.grad is not None]
+        running = [b for name, b in model.named_buffers() if name in names]  # a network may put others there
         average([*gradients, train_loss.detach(), cell.seen, *running])
         if clip_gradients(gradients, config.grad_clip, train_loss.detach(), *running):
             weight_opt.step()
         else:
             trouble = blame(model, cell, x) | {'skipped': 'weights'}
-            for b, old in zip(running, before):
-                b.copy_(old)
+            everything.load_state_dict(before)
         weight_opt.zero_grad()
 
         # 3. Progressive shrinking: drop what the alphas like least, until each choice point has one left.
@@ -226,7 +227,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
 
 def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
     """The next `count` batches, as often as wanted. Those of data.py are made again; others are kept."""
-    if hasattr(batches, 'state_dict'):
+    if isinstance(batches, data.Batches):
         start = copy.copy(batches)
         return lambda: itertools.islice(copy.copy(start), count)
     kept = list(itertools.islice(batches, count))
@@ -297,11 +298,13 @@ def trials(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batch
             train(model, batches(), loss, trial)
             results[f.expression] = result = score(model, judge(), loss)
             everything.load_state_dict(start)  # what is saved now must propose the same functions again
-            cell.seen.copy_(seen)
+            cell.seen[:len(seen)].copy_(seen)
             run.log({'tried': f.expression, **result}, f"tried: loss {result['loss']:.4f}  {f.formula}")
             run.save()
     best = min(functions, key=lambda f: np.nan_to_num(results[f.expression]['loss'], nan=math.inf))
     best.zero_grad()  # its scalars stood at the sites of a trial
+    if not math.isfinite(results[best.expression]['loss']):
+        raise ValueError('all trials end with a loss that is not finite; try a smaller --lr')
     return best, results[best.expression] | {'standard_loss': results[cell.standard.expression]['loss']}
 
 # ---- the command line ----
@@ -333,9 +336,10 @@ def new_config(given: dict[str, Any]) -> Config:
         raise ValueError('--preset paper has the method of the paper: leave one of --preset and --method out')
     config = configure(Config, PRESETS, (PAPER if method == 'paper' != preset else {}) | given)
     planted = config.data == 'teacher'
-    if given.keys() & ({'data_dir', 'side', 'only', 'tokens', 'context'} if planted else {'teacher'}):
+    others = {'data_dir', 'side', 'only', 'tokens', 'context', 'compile'}
+    if given.keys() & (others if planted else {'teacher'}):
         raise ValueError('--teacher is of --model toy and makes its data: leave out --data, --data-dir, '
-                         '--side, --only, --tokens and --context')
+                         '--side, --only, --tokens, --context and --compile')
     config.teacher = config.teacher if planted else ''
     if planted and math.isnan(nonlinearity(named(config.teacher))):
         raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')

@@ -76,6 +76,21 @@ def images(seed: int, bad: tuple = (), shape: tuple = (4, 3, 8, 8)):
         x, y = torch.randn(shape, generator=draw), torch.randint(10, shape[:1], generator=draw)
         yield x * math.inf if k in bad else x, y
 
+class Counted:
+    """Batches with a state, of a user's own: it is kept, but what it has drawn is gone."""
+    def __init__(self, batches):
+        self.batches, self.count = batches, 0
+
+    def __next__(self):
+        self.count += 1
+        return next(self.batches)
+
+    def __iter__(self):
+        return self
+
+    def state_dict(self):
+        return {'count': self.count}
+
 def bits(tensors) -> list:
     """The tensors and their gradients, to compare them bit for bit."""
     return [t if t is None else t.detach().numpy().tobytes() for p in tensors for t in (p, p.grad)]
@@ -118,7 +133,7 @@ def test_batches_of_one_step_are_one_batch():
     x, results = torch.randn(20, 16, 3), []
     for accumulate in (1, 2):
         torch.manual_seed(0)
-        cell = Cell(OPS, points=257)
+        cell = Cell(OPS, points=257, standard='scale(relu(x), 2)')
         model = nn.Sequential(nn.Linear(3, 4), cell.site(), nn.Linear(4, 2))
         halves = [(half, (half[:, 0] > 0).long()) for half in x.flatten(0, 1).split(16 // accumulate)]
         search.search(model, cell, iter(halves), itertools.chain(halves[:1], halves), cross_entropy,
@@ -126,7 +141,7 @@ def test_batches_of_one_step_are_one_batch():
                              optimizer='sgd', grad_clip=0.0))
         results.append([p.detach() for p in (*model.parameters(), *cell.parameters())])
     assert all(torch.allclose(a, b, 1e-3, 1e-5) for a, b in zip(*results))
-    assert cell.alpha[0].abs().max() > 0.1
+    assert cell.alpha[0].abs().max() > 0.1 and cell.standard.expression == 'scale(relu(x), 2)'
 
 def test_schedules_of_the_loop():
     """Rates of both levels, the temperature, and the weight of the standard with which the cell begins."""
@@ -226,6 +241,38 @@ def test_any_network_by_a_call(monkeypatch):
     assert scores.keys() == {'loss', 'accuracy', 'standard_loss'} and starts == [first] * len(plain[5:])
     assert len(starts) > 1 and cell.standard.expression == 'leaky_relu(x)'
 
+class Deeper(nn.Module):
+    """A network that goes deeper the more often it is called: its calls are not all known before."""
+    def __init__(self):
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(192, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+        self.calls, self.mean = 0, nn.Buffer(torch.zeros(8))
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.first(x.flatten(1))
+        for _ in range(1 + (self.calls > 9) + (self.calls > 30)):
+            x = torch.relu(self.block(x))
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.last(x - self.mean)
+
+def test_sites_and_buffers_that_come_later(tmp_path):
+    """A site that appears in the descent or in a trial, where all sites have the function that is tried. A bad
+    batch leaves no trace in a buffer that the network makes anew; a run with such a site goes on."""
+    model, cell = Deeper(), Cell(OPS, sampler='softmax')
+    network = replaced(model, cell.site, next(images(0))[0])
+    config = Config(steps=8, warmstart=0.2, ops=OPS, candidates=2, out=str(tmp_path))
+    batches = images(1, bad=(3,)), images(2)
+    run = search.Run(config, tmp_path)
+    found, scores = search.search(network, cell, *map(Counted, batches), cross_entropy, config, run)
+    assert cell.sites == 3 and model.mean.isfinite().all() and math.isfinite(scores['loss'])
+    assert len({id(f) for f in cell.functions}) == 1
+    again = Cell(OPS, sampler='softmax')
+    replaced(Deeper(), again.site, next(images(0))[0])
+    again.load_state_dict(torch.load(tmp_path / 'checkpoint.pt', weights_only=True)['parts']['cell'])
+    assert again.sites == 1 and torch.equal(again.seen, cell.seen[:1])
+
 def test_several_inputs_and_no_buffer():
     """Batches ((x, z), y) for a network of two inputs, the third not finite: it is skipped."""
     class Two(nn.Bilinear):
@@ -318,6 +365,10 @@ def test_around_means_the_standard_itself(monkeypatch):
         assert [text in found for text in texts] == [not around, True]
     found = [f.expression for f in search.proposals(Cell(standard='hardswish'), Config(candidates=3))]
     assert set(texts) < set(found)
+
+def test_trials_that_all_diverge(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, 'score', lambda *_: {'loss': math.nan})
+    assert 'try a smaller --lr' in refused([*SMALL, '--steps', '4', '--out', tmp_path / 'a'], capsys)
 
 def test_order_of_the_proposals(monkeypatch):
     """The best of each length in turn, of the lengths that are wanted, in the region that is trusted."""
@@ -531,6 +582,7 @@ WRONG = [line.strip().split(' => ') for line in '''
     search --model toy --teacher const(0.5) => is a constant
     search --model resnet20 --teacher silu => --teacher
     search --model toy --data cifar10_16 --teacher silu => --teacher
+    search --model toy --compile => leave out
     search --model resnet20 --context 17 => --context would be ignored
     search --preset paper --method ours => leave one of
     search --warmstart 30 => from 0 up to 1
