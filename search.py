@@ -143,7 +143,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     score(model, repeatable(val_batches, 1)(), loss)  # what does not fit shows now, not after the descent
     everything = Everything(model)
     initial = everything.state_dict()
-    cell.to(weights[0].device)
+    cell.to(weights[0].device)  # one of a user's may have stayed on the CPU
     if isinstance(model, replaced):  # proposals are measured by its most frequent activation, else by ReLU
         names = [key[-2] for key in model.index]
         name = max(names, key=names.count)
@@ -157,7 +157,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
              val=val_batches)
     all_operations, warmstart = sum(map(len, cell.ops)), config.at(config.warmstart)
     buffers = ((name, b) for name, b in model.named_buffers() if b.is_floating_point() and b.numel())
-    names = {name for name, b in buffers if b.isfinite().all()}  # running statistics, no mask of -inf
+    statistics = {name for name, b in buffers if b.isfinite().all()}  # running ones, no mask of -inf
     model.train()
 
     for step in range(run.state['step'], config.steps):
@@ -194,7 +194,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         # 2. Weight step: the weights, on training batches. No graph leads from the tables to the alphas.
         for group in weight_opt.param_groups:
             group['lr'] = learning_rate(step, config)
-        before = {name: b.clone() for name, b in model.named_buffers() if name in names}
+        before = {name: b.clone() for name, b in model.named_buffers() if name in statistics}
         with torch.no_grad():
             cell.use_standard() if warm else cell.tabulate()
         for _ in range(config.accumulate):
@@ -203,7 +203,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
                 train_loss = loss(call(model, x), y) / config.accumulate
             train_loss.backward()
         gradients = [p.grad for p in weights if p.grad is not None]
-        running = [b for name, b in model.named_buffers() if name in names]  # a network may put others there
+        running = [b for name, b in model.named_buffers() if name in statistics]  # perhaps new tensors
         average([*gradients, train_loss.detach(), cell.seen, *running])
         if clip_gradients(gradients, config.grad_clip, train_loss.detach(), *running):
             weight_opt.step()
