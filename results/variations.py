@@ -4,7 +4,7 @@
     spaces   the default, with other operations and cells; what is left of the descent, with one cell for all
              sites and with a cell of its own for each
 
-    python results/variations.py --seeds 0:3 --part 0/2    and 1/2 beside it: three hours on two cores
+    python results/variations.py --seeds 0:3 --part 0/2    and 1/2 beside it: four hours on two cores
     python results/variations.py --report LEDGER...        the tables
 
 Networks, data and trainings are those of the preset quick. A search with seed s is followed by one training
