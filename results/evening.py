@@ -200,7 +200,7 @@ def report() -> str:
     return '\n'.join(text)
 
 def draw(network: str) -> Path:
-    """The differences against the length of the training: the seven best at the longest."""
+    """The differences against the length of the training: the seven best at the longest, trained at all."""
     from activation import Activation
     from evaluate import read_ledger
     from plot import LOOKS, pyplot
@@ -208,8 +208,9 @@ def draw(network: str) -> Path:
     figure, axis = plt.subplots(figsize=(9, 6), layout='constrained')
     rows = read_ledger(LEDGER)
     formulas = {row['name']: Activation(row['expression'], row['clip']).formula for row in rows}
-    table = {name: row for name, row in differences(network).items() if len(row) > 1}
+    table = differences(network)
     lengths = sorted({steps for row in table.values() for steps in row})
+    table = {name: row for name, row in table.items() if len(row) == len(lengths)}
     for k, (name, row) in enumerate(sorted(table.items(), key=lambda item: item[1][lengths[-1]][1])[:7]):
         means, halves = zip(*(row[steps][1:] for steps in row))
         axis.errorbar([steps * 1.03 ** (k - 3) for steps in row], means, halves, capsize=3,
