@@ -216,8 +216,8 @@ def found(x: torch.Tensor, p: list[torch.Tensor]) -> torch.Tensor:
 
 try:
     torch.fx.wrap('found')  # one step for torch.fx
-except NotImplementedError:
-    pass  # pasted into a notebook
+except RuntimeError:
+    pass  # pasted into a notebook, where fx wraps nothing
 
 class Found(nn.Module):
     def __init__(self) -> None:

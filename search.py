@@ -378,8 +378,9 @@ def main(arguments: Optional[list[str]] = None) -> None:
         place, digest = Path(config.out), config.digest
         for file in [place / name for name in FILES[:None if new else 1] if is_first()]:
             if file.exists() and file.stat().st_size:
-                raise ValueError(f'{file} already exists; ' + (f'choose another --out, or go on by --resume '
-                                                               f'{place}' if new else 'the run is finished'))
+                advice = f'choose another --out, or go on by --resume {place}'
+                raise ValueError(f'{file} already exists; ' + (
+                    advice if new else f'the search is finished: python evaluate.py {place}'))
         model, cell, train_batches, val_batches, loss = prepare(config)
         if checkpoint and config.digest != digest:
             raise ValueError(f'--resume {place}: data or network are not those of the run; give them back')
