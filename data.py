@@ -1,4 +1,6 @@
 """The data sets, from the publishers' files to tensors in memory; a batch is an index into them."""
+import bisect
+import functools
 import hashlib
 import os
 import random
@@ -6,7 +8,6 @@ import sys
 import tarfile
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -53,13 +54,13 @@ class Dataset:
     side: int = 0
     mirror: bool = False  # whether an image may be mirrored
 
-    @cached_property
+    @functools.cached_property
     def digest(self) -> str:
         """CRC-32 of the training and test data: the same for the same data, in whatever files it came."""
         tensors = (*self.train, *self.test) if self.kind == 'image' else (self.train, self.test)
-        return f'{zlib.crc32(b"".join(tensor.numpy().tobytes() for tensor in tensors)):08x}'
+        return f'{functools.reduce(lambda crc, t: zlib.crc32(t.contiguous().numpy(), crc), tensors, 0):08x}'
 
-    @cached_property
+    @functools.cached_property
     def normal(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation by channel of the training pixels (0 to 255), each (channels, 1, 1)."""
         std, mean = torch.std_mean(self.train[0].double(), (0, 2, 3), correction=0, keepdim=True)
@@ -140,30 +141,43 @@ def images(name: str, path: str, raw: bytes, side: int) -> Part:
     records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, size)
     return records[:, labels:].reshape(-1, 3, side, side), records[:, labels - 1].long()
 
+def stories(path: str, raw: bytes) -> Iterator[bytes]:
+    """The stories of a UTF-8 or UTF-16 text with any line ends, one at a time."""
+    if raw.startswith((b'\xff\xfe', b'\xfe\xff')):
+        raw = raw.decode('utf-16', 'replace').encode()
+    if b'\0' in raw:
+        raise ValueError(f'{path} holds bytes of value 0, as no text does; save it as UTF-8')
+    raw = raw.removeprefix(b'\xef\xbb\xbf').replace(b'\r\n', b'\n').replace(b'\r', b'\n').rstrip()
+    start = end = 0  # no split: its list would be one more copy
+    while end >= 0:
+        end = raw.find(END, start)
+        story = raw[start:end] if end >= 0 else raw[start:]
+        start = end + len(END)
+        if story.strip():
+            yield story.strip(b' \t').removeprefix(b'\n').removesuffix(b'\n')
+
 def text_parts(files: list[tuple[str, bytes]], tokens: str) -> list[Tensor]:
-    """Training and test tokens of UTF-8 or UTF-16 with any line ends; the test text is the last file, or the
-    last twentieth of a single one."""
-    texts = []  # lists of stories
-    for path, raw in files:
-        if raw.startswith((b'\xff\xfe', b'\xfe\xff')):
-            raw = raw.decode('utf-16', 'replace').encode()
-        if b'\0' in raw:
-            raise ValueError(f'{path} holds bytes of value 0, as no text does; save it as UTF-8')
-        raw = raw.removeprefix(b'\xef\xbb\xbf').replace(b'\r\n', b'\n').replace(b'\r', b'\n').rstrip()
-        stories = [story.strip(b' \t') for story in raw.split(END) if story.strip()]
-        texts.append([story.removeprefix(b'\n').removesuffix(b'\n') for story in stories])
-    if len(texts) == 1:
-        lines = b''.join(story + b'\n' + END + b'\n' for story in texts[0])
-        cut = lines.count(END, 0, len(lines) * 19 // 20)
-        texts = [texts[0][:cut], texts[0][cut:]]
+    """Training and test tokens. The test text is the last file, or the last twentieth of a single one.
+    Takes the files out of the list: of 2 GB a laptop holds two copies, not seven."""
+    first, alone, mark = files[0][0], len(files) == 1, END if tokens == 'gpt2' else b'\0'
+    text, ends, cut = bytearray(), [0], 0  # ends: of the stories, each with a mark behind it
+    while files:
+        cut = len(ends) - 1  # the first story for the test
+        for story in stories(*files.pop(0)):
+            text += story + mark
+            ends.append(len(text))
+    if alone:  # END in lines of its own counts too: results/ was cut so
+        sizes = [end + k * (len(END) + 2 - len(mark)) for k, end in enumerate(ends)]
+        cut = bisect.bisect(sizes, sizes[-1] * 19 // 20 + 1) - 1
+    parts = memoryview(text)[:ends[cut]], memoryview(text)[ends[cut]:]
     if tokens == 'gpt2':
         from tiktoken import get_encoding  # pip install tiktoken; it fetches its vocabulary the first time
-        joined = [b''.join(story + END for story in text).decode('utf-8', 'replace') for text in texts]
-        parts = [torch.tensor(get_encoding('gpt2').encode(t, allowed_special='all')).int() for t in joined]
+        encode = functools.partial(get_encoding('gpt2').encode, allowed_special='all')
+        parts = [torch.tensor(encode(str(part, 'utf-8', 'replace'))).int() for part in parts]
     else:
-        parts = [torch.frombuffer(bytearray(b'\0'.join(text) + b'\0'), dtype=torch.uint8) for text in texts]
-    if min(map(len, texts)) < 2 or len(parts[0]) < 4 * BLOCK or len(parts[1]) < BLOCK:
-        raise ValueError(f'{files[0][0]}: too few tokens; is {END.decode()} between the stories?')
+        parts = [torch.from_numpy(np.asarray(part)) for part in parts]
+    if min(cut, len(ends) - 1 - cut) < 2 or len(parts[0]) < 4 * BLOCK or len(parts[1]) < BLOCK:
+        raise ValueError(f'{first}: too few tokens; is {END.decode()} between the stories?')
     return parts
 
 # ---- several processes, as torchrun starts them ----

@@ -139,7 +139,8 @@ def configure(kind: type[Training], presets: dict[str, dict], given: dict[str, A
     like = next((name for name in ('resnet20', 'vit_tiny', 'toy') if name[:3] == model[:3]), 'minigpt')
     if own:  # whose settings it gets
         like = 'minigpt' if given.get('data', '').startswith('tinystories') else 'vit_tiny'
-    config = kind(**{**PRESETS[preset][like], **presets[preset][like], **given})
+    wide = dict(lr=1e-3) if model in ('tinygpt', 'smallgpt') else {}  # for tinygpt 3e-3 is too high: results/
+    config = kind(**{**PRESETS[preset][like], **presets[preset][like], **wide, **given})
     if 'context' in given and not config.data.startswith('tinystories'):
         raise ValueError(f'--context would be ignored: {config.data} is no text; leave the option out')
     if own and config.compile:

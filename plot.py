@@ -376,12 +376,13 @@ def search(folder: Path) -> Path:
 
 def comparison(rows: list[dict[str, Any]], path: Path) -> Path:
     """Draw the functions of an evaluation, their training curves, and their differences to the reference: the
-    reference and the six best, by loss. Of several evaluations: the first."""
+    reference, what was given first, and the five best others, by loss. Of several evaluations: the first."""
     settings = rows[0]['settings']
     rows = [row for row in distinct(rows) if row['settings'] == settings and not row['diverged']]
     reference = STANDARD.get(settings['model'], 'own')
     losses = {name: column(rows, name, 'test_loss') for name in dict.fromkeys(row['name'] for row in rows)}
-    names = sorted(losses, key=lambda name: (name != reference, statistics.fmean(losses[name].values())))[:7]
+    best = sorted(losses, key=lambda name: statistics.fmean(losses[name].values()))
+    names = [name for name in dict.fromkeys([reference, *[*losses][:2], *best]) if name in losses][:7]
     figure, axes = pyplot().subplots(1, 3, figsize=(15, 4.6), layout='constrained')
     for k, (name, look) in enumerate(zip(names, LOOKS)):
         group = [row for row in rows if row['name'] == name]

@@ -2,6 +2,7 @@
 import hashlib
 import itertools
 import tarfile
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -78,6 +79,15 @@ def test_text_variants(tmp_path, old, new, encoding):
     dataset = load('tinystories', str(file))
     train, test = (bytes(part.tolist()) for part in (dataset.train, dataset.test))
     assert train + test == b'\0'.join(STORIES) + b'\0' and 99 <= test.count(b'\0') <= 101
+
+def test_text_is_in_memory_twice(tmp_path):
+    """As a file and as tokens: the published one has 2 GB, and many laptops have 8."""
+    file = write(tmp_path / 'a', {'a.txt': (b'A story of a few words. ' * 50 + SEPARATOR) * 2000}) / 'a.txt'
+    tracemalloc.start()
+    load('tinystories', str(file)).digest
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.3 * file.stat().st_size
 
 @pytest.mark.parametrize('name, files, options, words', [
     ('cifar10', {'data_batch_1': b'(lp0'}, {}, 'data_batch_1.bin.*binary.tar.gz.*pickles.*never read'),

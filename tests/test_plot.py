@@ -32,6 +32,14 @@ def test_picture_of_a_search(tmp_path, capsys):
         (tmp_path / 'log.jsonl').write_bytes(damaged)
         assert f'{tmp_path}: log.jsonl is not of a run, or' in refused(['--plot', tmp_path], capsys)
 
+def test_what_a_comparison_draws(tmp_path, monkeypatch):
+    """The standard activation, yours although it is the worst, and the best of the others."""
+    from matplotlib.axes import Axes
+    made, drawn = {'relu': 0.5, 'mine': 0.1} | {f'other {k}': 0.2 + k / 10 for k in range(7)}, []
+    monkeypatch.setattr(Axes, 'set_yticks', lambda self, ticks, labels: drawn.extend(labels))
+    plot.comparison([row for name, accuracy in made.items() for row in rows(name, accuracy)], tmp_path / 'a.png')
+    assert drawn == ['relu', 'mine', *(f'other {k}' for k in (6, 5, 4, 3, 2))]
+
 def test_comparison(tmp_path, monkeypatch, capsys):
     """From a ledger, also where runs diverged: a '-' and no dot. One line says how to get matplotlib."""
     ledger, picture, bad = tmp_path / 'ledger', tmp_path / 'comparison.png', rows('bad', None, None)

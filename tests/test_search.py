@@ -254,8 +254,8 @@ class Deeper(nn.Module):
         return self.last(x - self.mean)
 
 def test_sites_and_buffers_that_come_later(tmp_path):
-    """A site that appears in the descent or in a trial, where all sites have the function that is tried. A bad
-    batch leaves no trace in a buffer that the network makes anew; a run with such a site goes on."""
+    """A site that appears in the descent or in a trial, where all sites have the function that is tried.
+    A bad batch leaves no trace in a buffer that the network makes anew; a run with such a site goes on."""
     model, cell = Deeper(), Cell(OPS, sampler='softmax')
     network = replaced(model, cell.site, next(images(0))[0])
     config = Config(steps=8, warmstart=0.2, ops=OPS, candidates=2, out=str(tmp_path))
@@ -386,6 +386,8 @@ def test_methods_and_presets():
     assert (once.candidates, once.start, once.warm_alphas) == (0, 0.0, True)
     for preset, model in itertools.product(search.PRESETS, evaluate.STANDARD):
         search.new_config(dict(preset=preset, model=model))
+    rates = [search.new_config(given).lr for given in ({'model': 'tinygpt'}, {'model': 'tinygpt', 'lr': 3e-3})]
+    assert rates == [1e-3, 3e-3]
     options = dict(sampler='shared', normalise='none', shape='core', clip=3.0)
     given = {'cell' if name == 'shape' else name: value for name, value in options.items()}
     _, cell, *_ = search.prepare(search.new_config(dict(model='toy', **given)))
