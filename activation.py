@@ -64,7 +64,7 @@ def parse(text: str) -> Tree:
         if isinstance(part, ast.Name) and part.id == 'x':
             return 'x'
         if not (isinstance(part, ast.Call) and isinstance(part.func, ast.Name)):
-            raise ValueError(f'expected x or an operation with brackets at character {part.col_offset + 1}')
+            raise ValueError(f'character {part.col_offset + 1} begins neither x nor an operation')
         check_choice('operation', part.func.id, ALL)
         op, n = ALL[part.func.id], arity(ALL[part.func.id])
         scalars = [ast.unparse(given) for given in part.args[n:]]
@@ -79,7 +79,7 @@ def parse(text: str) -> Tree:
         return tree(ast.parse(text, mode='eval').body)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         why = f'{error.msg} at character {error.offset}' if isinstance(error, SyntaxError) else str(error)
-        raise ValueError(f'cannot read {text[:40]!a}: {why or "too deep"}; as in scale(relu(x), 2)') from None
+        raise ValueError(f'cannot read {text[:40]!a}: {why or "too deep"}; as in add(x, relu(x))') from None
 
 def evaluate(tree: Tree, x: Tensor, clip: Clip = CLIP, scalars: Optional[Iterator[Tensor]] = None) -> Tensor:
     """The tree at x, in x's shape and type. scalars: in the order of the text; None: the values in it."""
@@ -102,20 +102,20 @@ def formula(tree: Tree, clip: Clip) -> str:
             source = f'p * a + {1 - p:.3g} * b'
         source = fill(source, **dict(zip('ab', words)), p=f'{p or 0:.3g}')
         if node.op.clips and clip:
-            y = node.op(*(evaluate(part, POINTS, clip) for part in node.inputs), p=node.scalar, clip=None)
+            y = node.op(*(evaluate(part, DENSE, clip) for part in node.inputs), p=node.scalar, clip=None)
             return f'clip({source})' if y.abs().max() > clip * (1 + 1e-9) else source
         return source
     result = fold(tree, 'x', text).replace(' ** ', '^').replace('--', '')
     return result.replace(' - -', ' + ').replace(' + -', ' - ')
 
-# Two functions are equal when their values are. POINTS: dense at -1, 0 and 1; PROBES: to find candidates.
+# Two functions are equal when their values are. DENSE: dense at -1, 0 and 1; PROBES: to find candidates.
 NEAR = 10 ** torch.linspace(-12, 4, 273).double()
-POINTS = torch.cat([torch.linspace(-9, 9.01, 901), *(c + s * NEAR for c in (-1, 0, 1) for s in (-1, 1))])
+DENSE = torch.cat([torch.linspace(-9, 9.01, 901), *(c + s * NEAR for c in (-1, 0, 1) for s in (-1, 1))])
 PROBES = torch.linspace(-4.13, 4.17, 48).double()
 
 def similar(tree: Tree, trees: list[Tree], ops: list[Op], clip: Clip) -> list[Tree]:
-    """Of `trees`, every unary operation on one and binary one on two: those equal to `tree` up to scale and
-    shift, because their values without the mean point in the same direction."""
+    """Those of `trees`, and of all unary and binary operations on them, that equal `tree` up to scale and
+    shift: their values at PROBES, minus the mean, are parallel to the tree's."""
     unary, binary = ([op for op in ops if arity(op) == n] for n in (1, 2))
     y = torch.stack([evaluate(part, PROBES, clip) for part in trees])
     y = torch.cat([y, *(op(y, clip=clip) for op in unary),
@@ -134,24 +134,24 @@ def shorten(tree: Tree, clip: Clip, ops: str = 'base') -> Tree:
         return tree
     allowed = dict.fromkeys([*sum(select(ops), ()), *(part.op for part in nodes(tree))])
     usable = [op for op in allowed if op.scalar is None and op.code not in ('a', 'b')]
-    v, single = evaluate(tree, POINTS, clip), evaluate(tree, POINTS.float(), clip)
-    def fitted(candidate: Tree) -> Tree:
-        """The candidate scaled and shifted to the tree's values if then equal and shorter, else the tree."""
-        y = evaluate(candidate, POINTS, clip)
+    v, single = evaluate(tree, DENSE, clip), evaluate(tree, DENSE.float(), clip)
+    def adjusted(candidate: Tree) -> Tree:
+        """The candidate scaled and shifted to the tree's values, if then equal and shorter; else the tree."""
+        y = evaluate(candidate, DENSE, clip)
         low, high = y.abs().argmin(), y.abs().argmax()
-        p = (v[high] - v[low]) / (y[high] - y[low])
+        p = (v[high] - v[low]) / (y[high] - y[low])  # of a constant 0 / 0: with p, q nan it stays as it is
         p, q = p.float().item(), (v[low] - p * y[low]).float().item()  # float32, as parameters are
         if abs(p - 1) > 1e-6:
             candidate = Node(ALL['neg'], (candidate,)) if p == -1 else Node(ALL['scale'], (candidate,), p)
         candidate = Node(ALL['bias'], (candidate,), q) if abs(q) > 1e-6 else candidate
-        same = ((evaluate(candidate, POINTS, clip) - v).abs() <= 1e-7 * v.abs() + 1e-10).all()
-        same = same and (evaluate(candidate, POINTS.float(), clip).isfinite() | ~single.isfinite()).all()
+        same = ((evaluate(candidate, DENSE, clip) - v).abs() <= 1e-7 * v.abs() + 1e-10).all()
+        same = same and (evaluate(candidate, DENSE.float(), clip).isfinite() | ~single.isfinite()).all()
         same = same and all(part.op in allowed for part in nodes(candidate))
         return candidate if same and length(candidate) < length(tree) else tree
-    best = fitted(tree._replace(inputs=tuple(shorten(part, clip, ops) for part in tree.inputs)))
+    best = adjusted(tree._replace(inputs=tuple(shorten(part, clip, ops) for part in tree.inputs)))
     candidates = [Node(ALL['const'], (), single[0].item() + 0.0)]  # not -0
     candidates += similar(tree, list(dict.fromkeys(['x', *nodes(best)[:-1]])), usable, clip)
-    return min([best, *(fitted(c) for c in candidates if length(c) < length(best))], key=length)
+    return min([best, *(adjusted(c) for c in candidates if length(c) < length(best))], key=length)
 
 class Activation(nn.Module):
     """A function; its scalars are parameters. Activation(f.expression, f.clip) is the same, bit for bit, as

@@ -51,8 +51,8 @@ def in_rows(index: Tensor) -> Tensor:
 
 class Lookup(torch.autograd.Function):
     """f(x) for a function f known by its values on a uniform grid: linear in between, extrapolated beyond.
-    values: (points,), at most 32,768; lines: of them; x: any shape, the dtype of the values. Gradient to the
-    values: its sum over each interval, half of it to either end, so that only 2 bytes an x are kept."""
+    values: (points,), at most 32,768; lines: of them; x: any shape, the dtype of the values. The gradient to
+    the values is approximate: half an interval's sum of dL/dy to either end, so 2 bytes an x are kept."""
 
     @staticmethod
     def forward(ctx, values: Tensor, lines: Tensor, limit: float, x: Tensor) -> Tensor:
@@ -70,6 +70,8 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):
+        if torch.is_grad_enabled():  # create_graph: it would be 0, without a word
+            raise RuntimeError('the table of a cell has no second derivative: the loss must not need one')
         index, lines = ctx.saved_tensors
         slope, to_values = lines.imag.contiguous(), ctx.needs_input_grad[0]
         dx = torch.empty_like(index, dtype=g.dtype)
@@ -86,10 +88,10 @@ SAMPLERS, NORMALISERS = ('dirichlet', 'shared', 'mean', 'softmax'), ('none', 'sc
 BINS, SAMPLE = 256, 2048  # the histogram of a site's inputs: its bins, and how many inputs a step adds
 
 class Cell(nn.Module):
-    """The relaxed cell of all sites of a network; `activation=cell.site` makes the network's activations.
-    `architecture` is what is searched: alpha and scalars, (operations,) by choice point. Sites hold none.
+    """The relaxed cell, shared by all sites, the places in a network where an activation stands; `cell.site`
+    makes one. `architecture` is what is searched: alphas, scalars, (operations,) by choice point, and free.
 
-    ops: see ops.select. clip: the paper's l, or None. shape: see SHAPES. standard: where a site has none.
+    ops: see ops.select. clip: the paper's l, or None. shape: see SHAPES. standard: of sites made without one.
     sampler: 'dirichlet': weights drawn anew for each site and step (DrNAS; paper, variance reduction);
         'shared': one draw for all sites (DrNAS as published); 'mean' of that Dirichlet; 'softmax' (DARTS).
     normalise: 'none' (paper); 'scale': a site's table gets the second moment that its standard activation has
@@ -111,6 +113,7 @@ class Cell(nn.Module):
         self.free, self.freed = nn.Parameter(torch.zeros(97)), False  # see `tabulate`
         self.temperature = 1.0  # of the softmax sampler: towards 0 all weight goes to the highest alpha
         self.standard, self.standards, self.sites = named(standard), [], 0
+        self.typical = self.standard.forward  # the most frequent of `standards`, as the network calls it
         self.register_buffer('grid', uniform_grid(points), persistent=False)
         self.register_buffer('bins', ((torch.arange(BINS) + 0.5) * points / BINS).long(), persistent=False)
         self.register_buffer('seen', torch.empty(0, BINS))  # (sites, BINS) running histograms of the inputs
@@ -124,9 +127,9 @@ class Cell(nn.Module):
         """A site for one more place in a network; standard: the function of a tensor that stood there."""
         self.sites += 1
         self.standards.append(standard or self.standard)
-        if self.functions is not self.standards:  # a branch taken later: its standard until the next table
-            one = self.functions if self.values is None else self.standards  # or what stands at all sites
-            self.functions = [*self.functions, *one[-1:]]
+        if self.functions is not self.standards:  # a branch of the network that is taken later
+            late = self.functions[-1:] if self.values is None else self.standards[-1:]  # until the next table
+            self.functions = [*self.functions, *late]
         x = self.grid[self.bins]
         self.seen = torch.cat([self.seen, torch.softmax(-x.square() / 2, 0)[None]])  # N(0, 1) at first
         self.usual = torch.cat([self.usual, self.standards[-1](x).detach()[None]])
@@ -134,8 +137,8 @@ class Cell(nn.Module):
 
     @torch.no_grad()
     def reset(self, spread: float = 1e-3, start: float = 0.0) -> None:
-        """All operations, scalars at their first values, alphas ~ N(0, spread^2), nothing collected. start,
-        for softmax only: weight of the standard in the last U(x), of right in the last B, if it has both."""
+        """All operations, first scalars, alphas ~ N(0, spread^2), nothing collected. start, for softmax only:
+        weight of the standard in the last U and of `right` in the last B, so that f is near it; 0: none."""
         self.active = [list(range(len(ops))) for ops in self.ops]  # operations not dropped, by choice point
         for alpha, scalars, ops in zip(self.alpha, self.scalars, self.ops):
             alpha.normal_(0.0, spread)
@@ -214,9 +217,9 @@ class Cell(nn.Module):
 
     @torch.no_grad()
     def collect(self, slopes: Tensor, early: bool) -> None:
-        """Add dL/df at the standard activations, (sites, points), to `gradient`, the inputs to `inputs` and
-        perhaps `early`. Without what 1 and x would change at a site: the layers around make up for it.
-        So (a + b x) times the share of the inputs is taken out, until sums with 1 and with x are 0."""
+        """Add dL/df at the standards, (sites, points), to `gradient`, the inputs' histogram to `inputs` and,
+        if early, to `early`. What adding a + b x to f would gain is left out, the layers around can do it:
+        (a + b x) times the density of the inputs is subtracted, so that the sums with 1 and x are 0."""
         points = len(self.grid)  # slopes: without a site that has come since the tables were made
         shares = self.seen[:len(slopes), torch.arange(points) * BINS // points] * (BINS / points)
         line = torch.stack([torch.ones_like(self.grid), self.grid])                # (2, points)
@@ -278,7 +281,7 @@ class Cell(nn.Module):
                 for choice, ops, active, weights in rows}
 
     def load_state_dict(self, state: dict, strict: bool = True) -> Any:
-        """A site that came later than these will come again; its histogram begins anew."""
+        """Sites that came during the run are not there yet: they will come again, with a new histogram."""
         return super().load_state_dict({**state, 'seen': state['seen'][:self.sites]}, strict)
 
     def get_extra_state(self) -> list[list[int]]:

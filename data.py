@@ -1,7 +1,9 @@
 """The data sets, from the publishers' files to tensors in memory; a batch is an index into them."""
 import bisect
+import copy
 import functools
 import hashlib
+import itertools
 import os
 import random
 import sys
@@ -9,7 +11,7 @@ import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import requests
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ops import check_choice
 
@@ -77,7 +80,8 @@ def load(name: str, data_dir: str | None = None, tokens: str = 'bytes', side: in
     if tokens != 'bytes' and not text:
         raise ValueError(f'--tokens {tokens} would be ignored: {name} has images; leave the option out')
     if data_dir and not SOURCES[name][1]:
-        raise ValueError(f'--data-dir {data_dir} would be ignored: {name} is built in; leave the option out')
+        raise ValueError(f'--data-dir {data_dir} would be ignored: {name} is built in; say what it holds, '
+                         f"--data {'tinystories' if text else 'cifar10 or another'}, or leave the option out")
     files = find(name, data_dir)
     if text:
         return Dataset(name, 'text', *text_parts(files, tokens), 256 if tokens == 'bytes' else 50257)
@@ -169,15 +173,19 @@ def text_parts(files: list[tuple[str, bytes]], tokens: str) -> list[Tensor]:
     if alone:  # END in lines of its own counts too: results/ was cut so
         sizes = [end + k * (len(END) + 2 - len(mark)) for k, end in enumerate(ends)]
         cut = bisect.bisect(sizes, sizes[-1] * 19 // 20 + 1) - 1
-    parts = memoryview(text)[:ends[cut]], memoryview(text)[ends[cut]:]
     if tokens == 'gpt2':
         from tiktoken import get_encoding  # pip install tiktoken; it fetches its vocabulary the first time
         encode = functools.partial(get_encoding('gpt2').encode, allowed_special='all')
-        parts = [torch.tensor(encode(str(part, 'utf-8', 'replace'))).int() for part in parts]
+        def tokens_of(ends: list[int]) -> Tensor:  # of a few stories at a time: Python's integers are large
+            some = itertools.pairwise([*ends[:-1:10_000], ends[-1]])
+            made = (encode(str(text[a:b], 'utf-8', 'replace')) for a, b in some)
+            return torch.cat([torch.tensor(t, dtype=torch.int32) for t in ([], *made)])
+        parts = [tokens_of(ends[:cut + 1]), tokens_of(ends[cut:])]
     else:
-        parts = [torch.from_numpy(np.asarray(part)) for part in parts]
+        parts = torch.from_numpy(np.asarray(text)).split([ends[cut], len(text) - ends[cut]])
     if min(cut, len(ends) - 1 - cut) < 2 or len(parts[0]) < 4 * BLOCK or len(parts[1]) < BLOCK:
-        raise ValueError(f'{first}: too few tokens; is {END.decode()} between the stories?')
+        raise ValueError(f'{first}: too few tokens; {END.decode()} should stand between its stories, and '
+                         f'{4 * BLOCK} tokens are needed to train, {BLOCK} to test')
     return parts
 
 # ---- several processes, as torchrun starts them ----
@@ -233,7 +241,7 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 def generator(stream: str, seed: int, k: int) -> torch.Generator:
-    """Random numbers that depend on these three alone, so that a resumed run draws the same."""
+    """Random numbers fixed by these three alone (a 64-bit seed), so that a resumed run draws the same."""
     low, high = zlib.crc32(f'{stream} {seed} {k}'.encode()), zlib.crc32(f'{k} {seed}'.encode())
     return torch.Generator().manual_seed(low + (high << 31))
 
@@ -284,6 +292,22 @@ class Batches(Iterator):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state['position']
+
+def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
+    """The next `count` batches, as often as wanted. Ours are made again; others are kept, up to 1 GB, and go
+    round. Those that have a state are left as they were."""
+    if isinstance(batches, Batches):
+        start = copy.copy(batches)
+        return lambda: itertools.islice(copy.copy(start), count)
+    state, kept, size = batches.state_dict() if hasattr(batches, 'load_state_dict') else None, [], 0
+    for batch in itertools.islice(batches, count):
+        kept.append(batch)
+        size += sum(t.nbytes for t in tree_leaves(batch) if isinstance(t, Tensor))
+        if size > 2 ** 30:
+            break
+    if state is not None:
+        batches.load_state_dict(state)
+    return lambda: itertools.islice(itertools.cycle(kept), count)
 
 class TeacherBatches(Batches):
     """Endless (x, y): x ~ N(0, 1) of (size, inputs), y what the teacher network makes of it."""

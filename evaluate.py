@@ -25,7 +25,7 @@ from activation import NAMED, Activation, Tree, evaluate as values, named, nonli
 from data import average, cross_entropy, is_first, seed_everything
 from models import STANDARD, network
 from ops import check_choice
-from plot import append, card, comparison, one_line_errors, read_ledger, report
+from plot import append, card, comparison, one_line_errors, pyplot, read_ledger, report
 from space import Space
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target) -> scalar
@@ -39,11 +39,11 @@ def option(default: Any, help: str = '', kind: Optional[Callable] = None, **more
 
 def number(low: float, kind: type = int, high: float = 1e12) -> Callable[[str], Any]:
     """For `option`: text -> a number of that kind, from `low` to `high`."""
-    def parse(text: str) -> Any:
+    def number(text: str) -> Any:  # argparse prints its name
         if low <= (value := kind(text)) <= high:
             return value
         raise argparse.ArgumentTypeError(f'{text} is out of range: from {low} up to {high:g}')
-    return parse
+    return number
 
 @dataclasses.dataclass
 class Training:
@@ -109,7 +109,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> None:
-        raise ValueError(f'{message[:300]}; --help lists all options')
+        hint = 'a value that begins with - needs a =, as --ops=-sinh,base; ' * ('expected one' in message)
+        raise ValueError(f'{message[:300]}; {hint}--help lists all options')
 
     def add_settings(self, kind: type[Training], presets: dict[str, dict]) -> None:
         """An option for every field of `kind` that has a help text, with the defaults of the preset quick."""
@@ -122,7 +123,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument('--' + f.name.replace('_', '-'), **{**f.metadata, 'help': text})
 
     def given(self, arguments: Optional[list[str]], alone: dict[str, tuple]) -> dict[str, Any]:
-        """What was given. alone: options that do something else, and what they take into account."""
+        """What was given. alone: option -> the others it takes into account; ValueError for any more."""
         given = vars(self.parse_args(arguments))
         for name in alone.keys() & given.keys():
             if ignored := given.keys() - {name, *alone[name]}:
@@ -136,8 +137,8 @@ def configure(kind: type[Training], presets: dict[str, dict], given: dict[str, A
     preset, model = given.get('preset', 'quick'), given.get('model', 'resnet20')
     own = ':' in model
     check_choice('--model', model if not own else 'toy', [*STANDARD, 'torchvision:NAME', 'FILE.py:FUNCTION'])
-    like = next((name for name in ('resnet20', 'vit_tiny', 'toy') if name[:3] == model[:3]), 'minigpt')
-    if own:  # whose settings it gets
+    like = {'res': 'resnet20', 'vit': 'vit_tiny', 'toy': 'toy'}.get(model[:3], 'minigpt')  # has its settings
+    if own:
         like = 'minigpt' if given.get('data', '').startswith('tinystories') else 'vit_tiny'
     wide = dict(lr=1e-3) if model in ('tinygpt', 'smallgpt') else {}  # for tinygpt 3e-3 is too high: results/
     config = kind(**{**PRESETS[preset][like], **presets[preset][like], **wide, **given})
@@ -154,9 +155,11 @@ def configure(kind: type[Training], presets: dict[str, dict], given: dict[str, A
 def check_device(device: str) -> str:
     """The device, for 'auto' the best there is; under torchrun, whose ranks meet here, the rank's own.
     Raises ValueError when it is not there. Apple's mps is not among them: it has no float64."""
-    present = {'cuda': torch.cuda.is_available(), 'cpu': True}
-    device = device if device != 'auto' else next(name for name, there in present.items() if there)
-    if not re.fullmatch(r'[a-z]+(:\d+)?', device) or not present.get(device.split(':')[0]):
+    present = {'cuda': torch.cuda.device_count(), 'cpu': 1}
+    device = device if device != 'auto' else next(name for name, count in present.items() if count)
+    kind, _, index = device.partition(':')
+    index = index or os.environ.get('LOCAL_RANK', '0') * (kind == 'cuda')
+    if not re.fullmatch(r'[a-z]+(:\d+)?', device) or int(index or 0) >= present.get(kind, 0):
         raise ValueError(f'--device {device} is not there, or not in this PyTorch; use --device cpu')
     data.meet(device)
     if device.startswith('cuda:'):
@@ -223,9 +226,9 @@ def train(model: nn.Module, batches: Iterator, loss: Loss, config: Training) -> 
 
 @torch.no_grad()
 def score(model: nn.Module, batches: Iterable, loss: Loss) -> dict[str, float]:
-    """Mean loss of the network as it stands; accuracy too where targets are classes; what is none, as -100,
-    does not count. Classes stand last in logits for `cross_entropy`, (n, time, classes), else second, as for
-    the losses of PyTorch, or last where only that fits."""
+    """Mean loss of the network as it stands; accuracy, too, where targets are classes (those that are none,
+    as -100, do not count). Classes are the output's last dimension for our `cross_entropy`; else the second,
+    as for PyTorch's losses, or the last where only that fits."""
     training, losses, hits, count = model.training, [], [], 0
     model.eval()
     for x, y in batches:
@@ -248,7 +251,8 @@ def score(model: nn.Module, batches: Iterable, loss: Loss) -> dict[str, float]:
 space_of = functools.cache(Space)  # by its operations
 
 def random_function(space: Space, seed: int) -> Tree:
-    """The control that a search has to beat: two of the distinct functions, joined anyhow, but no line."""
+    """A control that a search has to beat: two of the distinct functions, joined by any operation; neither
+    a constant nor a straight line."""
     joins = [k for k, op in enumerate(space.binary) if op.code not in ('a', 'b')]
     sizes, draw = (len(space.rows.ops), len(space.first.ops), len(joins)), torch.Generator().manual_seed(seed)
     for _ in range(1000 * bool(joins)):
@@ -271,7 +275,10 @@ def resolve(text: str) -> tuple[str, Activation]:
             name = path.absolute().parent.name if path.name == 'activation.json' else path.stem
             return name, Activation(str(expression), clip and float(clip))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, AssertionError) as error:
-            raise ValueError(f'{path} is not from a finished search ({error!r}): name a run folder') from None
+            raise ValueError(f'{path} is not from a finished search ({error!r}): name its folder, or '
+                             'end it by search.py --resume') from None
+    if text not in NAMED and re.search(r'[/\\]|\.\w+$', text):
+        raise ValueError(f'there is no folder {text}: name that of a finished search')
     if match := re.fullmatch(r'random_(\d{1,9})', text):
         return text, Activation(random_function(space_of('base'), int(match[1])))
     return text.replace(' ', ''), named(text)
@@ -300,9 +307,9 @@ def retrain(f: Optional[Activation], config: Training, dataset: data.Dataset, se
 
 def evaluate(activations: dict[str, Optional[Activation]], config: Training,
              seeds: Iterable[int]) -> list[dict[str, Any]]:
-    """Train what the ledger lacks, seed by seed; the rows of this comparison. A run is known by expression,
-    clip bound (where it acts), seed, settings (not folders, machine; under torchrun the batch is that of all
-    ranks), checksums of network and data."""
+    """Train what the ledger lacks, seed by seed; returns the rows of this comparison. A run is identified by
+    expression, clip (where it acts), seed, settings (without folders and machine; under torchrun the batch is
+    that of all ranks), checksums of a user's network and of the data."""
     dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
     own = network(config, lambda call: call, dataset) if ':' in config.model else None
     if own:
@@ -320,18 +327,19 @@ def evaluate(activations: dict[str, Optional[Activation]], config: Training,
         raise ValueError(f'--out {ledger} is a file of another kind; choose another ledger')
     ledger.parent.mkdir(parents=True, exist_ok=True)
     open(ledger, 'ab').close()  # better to know now than after the first training
-    for left, (seed, name) in zip(range(len(todo))[::-1], todo):
+    for k, (seed, name) in enumerate(todo, 1):
         f = activations[name]
         row = {'name': name, 'expression': f.expression if f else 'own', 'seed': seed, 'settings': settings,
                'clip': f.clip if f and 'clip(' in f.formula else None}
-        if (key := identity(row)) not in done:
+        known = (key := identity(row)) in done
+        if not known:
             done[key] = retrain(f, config, dataset, seed) | row
             if is_first():
                 append(ledger, done[key])
         rows.append(row := done[key] | {'name': name})
         result = 'diverged' if row['diverged'] else 'test loss {test_loss:.4f}, accuracy {test_accuracy:.4f}'
-        minutes = left * row['seconds'] / 60
-        print(f'seed {seed}  {name[:50]:50s}  {result.format(**row)}  {minutes:.0f} min left', flush=True)
+        left = f"{'from the ledger, ' * known}{(len(todo) - k) * row['seconds'] / 60:.0f} min left"
+        print(f'seed {seed}  {name[:50]:50s}  {result.format(**row)}  {left}', flush=True)
     return rows
 
 # ---- the command line ----
@@ -342,7 +350,7 @@ def seeds_of(text: str) -> range:
     """'5' is 0 to 4; '10:20' is 10 to 19, so that several machines can share the work."""
     match = re.fullmatch(r'(?:(\d{1,9}):)?(\d{1,9})', text)
     if not match or not (seeds := range(int(match[1] or 0), int(match[2]))):
-        raise argparse.ArgumentTypeError(f'{text} is neither a number such as 5 nor a range such as 10:20')
+        raise argparse.ArgumentTypeError(f'{text} is neither a number from 1 on nor a rising range as 10:20')
     return seeds
 
 def main(arguments: Optional[list[str]] = None) -> None:
@@ -354,7 +362,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
     add('--random', type=number(0), help='functions drawn from the space: a search must beat them (0)')
     add('--report', nargs='+', metavar='LEDGER', help='print the tables of these ledgers, train nothing')
     add('--plot', metavar='FILE', help='draw the comparison there, as PNG (needs matplotlib)')
-    add('--card', metavar='ACTIVATION', help='print what a function is like and costs, train nothing')
+    add('--card', metavar='ACTIVATION', help='print shape and running cost of a function, train nothing')
     add('--nearest', metavar='ACTIVATION', help='print the formulas of the search space nearest to it')
     add('--ops', help='of --nearest: base, periodic, swish, no-composites, names (base)')
     parser.add_settings(Training, PRESETS)
@@ -376,7 +384,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 raise ValueError(f"no runs in {', '.join(empty)}: give the file of --out")
             rows = sum(ledgers.values(), [])
         else:
-            if 'plot' in given and not Path(given['plot']).absolute().parent.is_dir():
+            if 'plot' in given and pyplot() and not Path(given['plot']).absolute().parent.is_dir():
                 raise ValueError(f"--plot {given['plot']} is in no folder that exists")
             config = configure(Training, PRESETS, given)
             names = [name.strip() for name in given.get('baselines', BASELINES).split(',')]
@@ -387,7 +395,10 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 known = activations.setdefault(name, f)
                 if (str(known), getattr(known, 'clip', None)) != (str(f), f.clip):
                     raise ValueError(f'two functions are called {name}: rename one of the run folders')
-            rows = evaluate(activations, config, given.get('seeds', range(3)))
+            seeds = given.get('seeds', range(3))
+            print(f'{config.model} on {config.data}: {len(activations)} functions on {len(seeds)} seeds, '
+                  f'{config.steps} steps each; those in {config.out} are not trained again', flush=True)
+            rows = evaluate(activations, config, seeds)
         print('\n' + report(rows))
         if 'plot' in given:
             print(comparison(rows, Path(given['plot'])))

@@ -4,13 +4,15 @@
     MODELS['resnet20'](cell.site)                      the same with the relaxed cell in all of its 19 sites
     replaced(model, lambda call: Found(), example)     any network, with the function that was found
 """
+import contextlib
 import functools
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import re
 import runpy
 import sys
+import threading
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -195,6 +197,9 @@ ACTIVATIONS = ('relu', 'relu6', 'hardtanh', 'gelu', 'silu', 'leaky_relu', 'elu',
 GATES = ('sigmoid', 'tanh', 'hardsigmoid', 'clamp', 'clamp_min')    # sites only where `only` names them
 KNOWN = {*ACTIVATIONS, *GATES, *('prelu rrelu glu softmax log_sigmoid lstm gru rnn_tanh rnn_relu lstm_cell '
                                  'gru_cell rnn_tanh_cell rnn_relu_cell').split()}
+TWICE = 'torch.utils.checkpoint calls activations again in backward, out of reach: switch it off'
+ONE_PASS = threading.RLock()    # at a time: a pass counts its calls, and its hooks and its stance are global
+saved_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', lambda tracing: None)
 FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')    # with something else
 
 def counted(names: Iterable[str]) -> str:
@@ -216,10 +221,12 @@ class replaced(nn.Module, TorchFunctionMode):
         self.now: dict[tuple, Callable] = {}               # of those with a site: the last call
         self.names = {m: name for name, m in model.named_modules()}
         args, modes = example if isinstance(example, tuple) else (example,), [m.training for m in self.names]
-        self.outputs = [self.probe(training, args) for training in (True, False)]
+        try:
+            self.outputs = [self.probe(training, args) for training in (True, False)]
+        finally:
+            for m, mode in zip(self.names, modes):
+                m.training = mode
         self.recording = False
-        for m, mode in zip(self.names, modes):
-            m.training = mode
         if not self.index:
             raise ValueError(f"the network calls no activation to replace ({self.describe()}); leave only "
                              f"out, or name one of {', '.join(GATES)} there")
@@ -229,8 +236,7 @@ class replaced(nn.Module, TorchFunctionMode):
         buffers = {key: b.clone() for key, b in self.named_buffers()}
         weights = [p for p in self.model.parameters() if p.requires_grad]
         cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
-        once = torch.autograd.graph.disable_saved_tensors_hooks(    # in backward nobody catches it
-            'torch.utils.checkpoint calls activations twice, out of reach: switch it off')
+        once = torch.autograd.graph.disable_saved_tensors_hooks(TWICE)
         self.model.train(training)
         # BaseTorchDispatchMode calls kernels as Python functions: those of torch.jit and C++ are seen
         with torch.random.fork_rng(cuda), torch.set_grad_enabled(training), once, BaseTorchDispatchMode():
@@ -238,7 +244,7 @@ class replaced(nn.Module, TorchFunctionMode):
             if self.hidden:
                 raise ValueError(f'out of reach: {counted(self.hidden)}, in torch.jit, torch.vmap or a fused '
                                  f'operation; call it from Python')
-            if weights and getattr(output, 'requires_grad', False):
+            if training and weights and getattr(output, 'requires_grad', False):
                 torch.autograd.grad(output.sum(), weights, allow_unused=True)    # backward, too
         return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
@@ -246,11 +252,17 @@ class replaced(nn.Module, TorchFunctionMode):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """A pass of the network that catches all calls. Meanwhile torch.compile does nothing, and by itself
         PyTorch leaves the fast path of its attention layers, which has an activation of its own."""
-        self.path, self.count = [], Counter()
-        enter = lambda m, _: self.path.append(self.names.get(m, type(m).__name__))    # made in `forward`
-        leave = lambda *_: self.path.__delitem__(-1)    # a hook returns None, or another output
-        with (register_module_forward_pre_hook(enter), torch.compiler.set_stance('force_eager'),
+        thread = threading.get_ident()    # the hooks hear of all threads, such as one that makes batches
+        def enter(m: nn.Module, _: Any) -> None:
+            if threading.get_ident() == thread:
+                self.path.append(self.names.get(m, type(m).__name__))    # without a name: made in `forward`
+        def leave(*_: Any) -> None:
+            if threading.get_ident() == thread:
+                self.path.pop()
+        with (ONE_PASS, register_module_forward_pre_hook(enter), torch.compiler.set_stance('force_eager'),
               register_module_forward_hook(leave, always_call=True), self):
+            self.path, self.count = [], Counter()
+            self.graded, self.packed = torch.is_grad_enabled(), saved_hooks(True)
             return self.model(*args, **kwargs)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -278,6 +290,8 @@ class replaced(nn.Module, TorchFunctionMode):
             self.left.setdefault(key, name + ' without gradient' * taken)
         if not taken or key in self.left:
             return function(x, *rest, **kwargs)
+        if self.graded and (frozen or saved_hooks(True) != self.packed):
+            raise RuntimeError(TWICE)
         # the site has the call as it is now: a slope may be drawn anew, or be a buffer
         self.now[key] = call = lambda v: function(v.clone() if in_place else v, *rest, **kwargs)
         if key not in self.index:
@@ -306,7 +320,10 @@ FOREIGN = re.compile('|'.join(['<', 'site-packages', *map(re.escape, (    # file
 @sys.addaudithook
 def note_reading(event: str, details: tuple) -> None:
     if event == 'open' and OWN and isinstance(details[0], str) and 'r' in (details[1] or ''):
-        READ.add(Path(re.sub(r'__pycache__.([^.]+).*pyc$', r'\1.py', details[0])).resolve())
+        name = details[0]
+        with contextlib.suppress(ValueError):    # of other names: Python's file of 'net.cpython-311.pyc'
+            name = importlib.util.source_from_cache(name)
+        READ.add(Path(name).resolve())
 
 def own_network(place: str) -> nn.Module:
     """What 'path/to/file.py:function' returns. Files beside it come before ours of the same name."""
@@ -327,11 +344,15 @@ def own_network(place: str) -> nn.Module:
         if key.split('.')[0] in beside and FOLDERS & set(parents):
             del sys.modules[key]
     try:
-        functions = runpy.run_path(str(file))
+        seed, functions = torch.initial_seed(), runpy.run_path(str(file))
+        if torch.initial_seed() != seed:    # set at the top of the file: all of ours would be one
+            torch.manual_seed(seed)
         if not callable(functions.get(name)):
             raise ValueError(f"there is no function '{name}' in it{did_you_mean(name, functions)}")
         if not isinstance(network := functions[name](), nn.Module):
             raise ValueError(f'{name}() returned {type(network).__name__}, no network')
+        if torch.initial_seed() != seed:
+            say_once(f'note: {name}() seeds torch: all seeds begin with the same weights', file=sys.stderr)
         return network
     finally:
         sys.path[:] = dict.fromkeys([*path, str(file.parent)])    # for imports in forward
@@ -344,7 +365,7 @@ def checksum(network: nn.Module) -> str:
     file = OWN.pop()
     text = b''.join(path.read_bytes() for path in sorted({file, *READ})
                     if file.parent in path.parents and path.is_file() and not FOREIGN.search(str(path)))
-    shape = re.sub(' at 0x[0-9a-f]+', '', repr(network))    # what was read elsewhere may show here
+    shape = re.sub(' at 0x[0-9a-fA-F]+', '', repr(network))    # what was read elsewhere may show here
     return hashlib.sha256(text + shape.encode()).hexdigest()[:8]
 
 def torchvision_network(model: str, dataset: Any) -> nn.Module:
@@ -381,6 +402,7 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
     wanted = (*x.shape, n) if text else (len(x), n)
     try:
         other = torchvision_network(model, dataset) if torchvision else own_network(model)
+        x = x.to(next((p.device for p in other.parameters()), x.device))    # the file may move it to a GPU
         other = replaced(other, make, x, config.only)
         other.source = '' if torchvision else checksum(other.model)
         if other.outputs != [wanted, wanted]:
@@ -388,6 +410,8 @@ def network(config: Any, make: Make, dataset: Any) -> nn.Module:
                              f'eval mode; wanted: {wanted}')
         return other
     except (Exception, SystemExit) as error:
+        if getattr(error, 'name', None) == 'torchvision':
+            raise  # one_line_errors says how to get it
         users = [f for f in traceback.extract_tb(error.__traceback__) if not FOREIGN.search(f.filename)]
         where = ''.join(f'{Path(f.filename).name}, line {f.lineno}, ' for f in users[-1:])
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '

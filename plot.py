@@ -10,6 +10,7 @@ import random
 import re
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,8 +27,7 @@ from models import STANDARD
 # Student's t with 1, 2, 3 ... degrees of freedom has 95 % of its mass in [-t, t].
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # for all eyes
-STYLES = ('-', '--', '-.', ':')
-LOOKS = [dict(color=color, linestyle=style) for color, style in zip(COLOURS, 2 * STYLES)]
+LOOKS = [dict(color=color, linestyle=style) for color, style in zip(COLOURS, 2 * ('-', '--', '-.', ':'))]
 LOG = 'log.jsonl'
 FILES = ('activation.json', 'found.py', LOG, 'checkpoint.pt', 'search.png')  # what a run folder holds
 X = torch.linspace(-4, 4, 81)  # where the log of a search has the curve of its cell
@@ -40,7 +40,7 @@ def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
     A mistake of ours keeps its traceback. hint: how to go on."""
     try:
         yield
-        return sys.stdout.flush()
+        return sys.stdout.flush()  # subtle: a pipe that was closed shows here, not after the last handler
     except KeyboardInterrupt:
         line, code = f'stopped; {hint()}', 130
     except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
@@ -61,7 +61,7 @@ def one_line_errors(hint: Callable[[], str]) -> Iterator[None]:
     sys.exit(code)
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a line of JSON in one write, so that processes may share the file; never behind a cut line."""
+    """Add a line of JSON in one write: processes may share the file. After a cut line it begins a new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a+b', buffering=0) as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
@@ -107,11 +107,9 @@ class Everything:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.tensors():
-            if name not in state:
-                continue
-            if tensor.shape == state[name].shape:
+            if name in state and tensor.shape == state[name].shape:
                 tensor.copy_(state[name])  # others may share its memory
-            else:
+            elif name in state:
                 tensor.data = state[name].to(tensor.device, copy=True)
 
 def numpy_state() -> list:
@@ -219,9 +217,10 @@ class Run:
         for name in names:
             if (value := str(getattr(config, name))) not in usual:
                 command += ['--' + name.replace('_', '-'), value]
+        join = subprocess.list2cmdline if os.name == 'nt' else shlex.join
         scores = ', '.join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in validation.items())
         print(f'validation:  {scores}\ntime:        {seconds / 60:.1f} minutes\n'
-              f'files:       {folder}/{", ".join(FILES[:4])}\nnext:        {shlex.join(command)}', flush=True)
+              f'files:       {folder}/{", ".join(FILES[:4])}\nnext:        {join(command)}', flush=True)
 
 def open_log(path: Path, checkpoint: Optional[dict]) -> BinaryIO:
     """The log of a run as far as its checkpoint knows it: what came later is done again. Keeps other
@@ -291,8 +290,8 @@ def table(rows: list[dict[str, Any]], reference: str, metric: str) -> str:
     return '\n'.join('| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines)
 
 def distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows; where several functions share a name, as a run folder's that was made anew, each gets its
-    expression and bound as well."""
+    """The rows; where functions share a name, as after a run folder was made anew, their names get expression
+    and clip as well."""
     functions = {(row['name'], row['expression'], row['clip']) for row in rows}
     shared = [name for name, *_ in functions]
     return [row if shared.count(row['name']) == 1 else
@@ -319,7 +318,7 @@ def pyplot() -> Any:
     return plt
 
 def card(f: Activation) -> str:
-    """What a function is like, and its time for a million elements, forward and backward, beside ReLU."""
+    """Shape and running cost of a function: forward and backward on a million elements, beside ReLU."""
     x = ((torch.arange(10001, dtype=torch.float64) - 5000) / 1000).requires_grad_()  # 0 is among them
     y = f(x)
     slope, = torch.autograd.grad(y.sum() + 0 * x.sum(), x)
@@ -337,7 +336,7 @@ def card(f: Activation) -> str:
                       f'under N(0, 1)    mean {(p * y).sum():.4g}, second moment {(p * y * y).sum():.4g}',
                       f'a million inputs {mine:.2f} ms, {mine / relu:.1f} x relu'])
 
-def search(folder: Path) -> Path:
+def picture(folder: Path) -> Path:
     """Draw search.png of a run from its log: the function over the steps, the losses, the weights."""
     plt, result = pyplot(), folder / 'activation.json'
     try:

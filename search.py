@@ -7,9 +7,12 @@ by one (arXiv 2408.06820, sections 3.2 and 3.3). Then a few functions are traine
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import os
+import time
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
@@ -25,7 +28,7 @@ from data import average, cross_entropy, is_first, seed_everything
 from evaluate import (Loss, Parser, Training, call, check_device, configure, cosine, learning_rate, number,
                       option, precision, score, train, weight_optimizer)
 from models import STANDARD, network, replaced, teacher_and_student
-from plot import FILES, LOG, Everything, Run, one_line_errors, open_log, search as picture
+from plot import FILES, LOG, Everything, Run, one_line_errors, open_log, picture
 from space import Match, Space
 
 Result = tuple[Activation, dict[str, float]]  # the function found, its scores on validation batches
@@ -47,11 +50,11 @@ class Config(Training):
     sampler: str = option('softmax', 'dirichlet is DrNAS, softmax DARTS', choices=SAMPLERS)
     normalise: str = option('scale', "of each site's table: its gain, its mean (centre)", choices=NORMALISERS)
     arch_lr: float = option(0.03, 'learning rate of alphas and scalars (Adam)', number(0, float))
-    warmstart: float = option(0.15, 'share of the steps, with the standard activation, whose gradient tells '
-                              'gradient what to propose', number(0, float, 1))
+    warmstart: float = option(0.15, 'share of the steps with the standard activation, whose gradient scores '
+                              'the proposals', number(0, float, 1))
     shrink: str = option('linear', 'pace of the drops: log has most early', choices=('linear', 'log', 'none'))
-    discretise: str = option('gradient', 'what is tried: shrink, what is left of the cell; project, formulas '
-                             'near its curve; gradient, those of best score',
+    discretise: str = option('gradient', 'functions to try: shrink, what is left of the cell; project, those '
+                             'near its curve; gradient, those of best score by the collected gradient',
                              choices=('shrink', 'project', 'gradient'))
     candidates: int = option(8, 'functions to try; 0: what the descent ends with is the result', number(0))
     trial_steps: float = option(1.0)      # length of a trial, as a multiple of the steps
@@ -59,14 +62,14 @@ class Config(Training):
     warm_alphas: bool = option(False)     # whether the alphas learn during the warm start already
     shrink_from: float = option(0.3)      # the first drop
     shrink_until: float = option(0.92)    # the last drop
-    free_from: float = option(1.0)        # from here on the curve is free of the operations (project)
+    free_from: float = option(1.0)        # project: from here on a free curve is added to the cell
     temperature: float = option(0.1)      # of the softmax at shrink_until; 1 in the warm start
     start: float = option(0.5)            # weight of the standard when the cell takes over (softmax)
-    trust: float = option(0.8)            # largest relative distance of a proposal to the standard
-    lengths: tuple = option((3, 4, 5))    # of each the best functions are proposed
-    around: bool = option(True)           # propose only functions made with the standard activation
-    trials_from: str = option('scratch')  # or trained: the weights of the descent
-    judge: int = option(10)               # validation batches that judge a trial; at most the steps
+    trust: float = option(0.8)            # gradient: largest relative distance of a proposal to the standard
+    lengths: tuple = option((3, 4, 5))    # gradient: the best of each of these lengths in turn
+    around: bool = option(True)           # gradient: only functions that contain the standard activation
+    trials_from: str = option('scratch')  # trials begin with the initial weights; trained: the descent's
+    judge: int = option(10)               # validation batches that score a trial; at most the steps
     digest: str = option('')              # of data and network: a run goes on with the same
 
     def at(self, share: float) -> int:
@@ -77,10 +80,10 @@ class Config(Training):
         """How many operations may be left after so many steps: `first` until shrink_from, `last` at
         shrink_until. The warm start, in which the alphas know nothing, drops none before its last step."""
         begin, end = (self.at(max(share, self.warmstart)) for share in (self.shrink_from, self.shrink_until))
-        if self.shrink == 'none' or step <= begin and step < end:
-            return first
-        if step >= end:
+        if step >= end and self.shrink != 'none':
             return last
+        if step <= begin or self.shrink == 'none':
+            return first
         share = (step - begin) / (end - begin)
         if self.shrink == 'log':  # the k-th drop at step begin + (end - begin)^(k / drops)
             share = math.log(step - begin) / math.log(end - begin)
@@ -125,8 +128,8 @@ def held(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda *x: torch.func.functional_call(model, state, x)
 
 def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bool:
-    """Scale the gradients in place to a common norm of at most `limit` (0: leave them). Whether they and the
-    others are finite; if not, do not take the step. To ask makes a GPU wait, once in a half-step."""
+    """Bound the common norm of the gradients by `limit`, in place (0: leave them). Returns whether they and
+    the others are finite; if not, the step must be skipped. Asking makes a GPU wait, once in a half-step."""
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     if limit:
         torch._foreach_mul_(gradients, (limit / norm.clamp(min=1e-12)).clamp(max=1.0))
@@ -134,20 +137,22 @@ def clip_gradients(gradients: list[Tensor], limit: float, *others: Tensor) -> bo
 
 def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: Iterator, loss: Loss,
            config: Config, run: Optional[Run] = None) -> Result:
-    """Search an activation for `model`, whose activations are sites of `cell`, made with config's ops, clip
-    and cell. Batches: endless (input, target) of disjoint data; with state_dict for a run folder."""
+    """The best function for `model` and its scores. The model's activations are sites of `cell`, which has
+    config's ops, clip and shape. Batches: endless (input, target), disjoint; with state_dict to resume."""
     weights, architecture = [p for p in model.parameters() if p.requires_grad], cell.architecture
     assert not {id(p) for p in weights} & {id(p) for p in architecture}, 'weights and architecture overlap'
     if not weights:
         raise ValueError('the network has no weight that learns: unfreeze some (requires_grad_)')
-    score(model, repeatable(val_batches, 1)(), loss)  # what does not fit shows now, not after the descent
+    score(model, data.repeatable(val_batches, 1)(), loss)  # shows what does not fit before the descent
     everything = Everything(model)
     initial = everything.state_dict()
     cell.to(weights[0].device)  # one of a user's may have stayed on the CPU
-    if isinstance(model, replaced):  # proposals are measured by its most frequent activation, else by ReLU
+    if isinstance(model, replaced):  # the standard: its most frequent activation, or the known one like it
         names = [key[-2] for key in model.index]
-        name = max(names, key=names.count)
-        cell.standard = named(name) if name in NAMED else cell.standard
+        usual = max(names, key=names.count)
+        cell.typical = cell.standards[names.index(usual)]
+        like = functools.partial(distance, target=cell.typical, rescale=False)
+        cell.standard = named(usual) if usual in NAMED else min(map(named, NAMED), key=like)
     cell.reset(1e-3, config.start)
     weight_opt = weight_optimizer(weights, config)
     weight_opt.zero_grad()  # what a user's training has left
@@ -164,7 +169,7 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
         warm, val_loss, dropped, trouble = step < warmstart, None, [], None
         collect = warm and config.discretise == 'gradient'
         cooled = (step - warmstart) / max(config.at(config.shrink_until) - warmstart, 1)
-        cell.temperature = config.temperature ** min(max(cooled, 0.0), 1.0)
+        cell.temperature = config.temperature ** min(max(cooled, 0.0), 1.0)  # from 1, geometrically
         cell.freed = config.discretise == 'project' and step >= config.free_from * config.steps
         arch_opt.param_groups[0]['lr'] = config.arch_lr * cosine(step / config.steps, config.arch_lr_end)
 
@@ -225,26 +230,18 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
 
 # ---- the functions to try ----
 
-def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
-    """The next `count` batches, as often as wanted. Those of data.py are made again; others are kept."""
-    if isinstance(batches, data.Batches):
-        start = copy.copy(batches)
-        return lambda: itertools.islice(copy.copy(start), count)
-    kept = list(itertools.islice(batches, count))
-    return lambda: iter(kept)
-
 def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
-    """The functions that lower the loss most, to first order, when one of them replaces the standard at its
-    second moment, from the gradient that `cell` has collected. Only those at a distance from the standard,
-    sqrt(2 - 2 cos), between 0.1 and trust, that do not stand still on the first inputs: 0.6 of the second
-    moment is variance, a quarter of the inputs has a slope."""
+    """The functions that lower the loss most, to first order, if one of them, scaled to the standard's second
+    moment, replaces the standard: by the gradient that `cell` has collected. Left out: those at a relative
+    distance, sqrt(2 - 2 cos), under 0.1 or over trust, and those hardly alive on the first inputs: 0.6 of the
+    second moment must be variance, and a quarter of the inputs must have a slope over 0.01."""
     def pool(values: Tensor, grid: Tensor) -> Tensor:  # spread linearly onto the points of the space
         away = (grid.cpu().double().clamp(-limit, limit)[:, None] - space.x).abs() / step
         return values.cpu().double() @ (1 - away).clamp(min=0)
     limit, step, bins = space.x[-1].item(), (space.x[1] - space.x[0]).item(), cell.grid[cell.bins]
     gradient, density, early = pool(cell.gradient, cell.grid), pool(cell.inputs, bins), pool(cell.early, bins)
     density, early = density / density.sum(), early / early.sum()
-    standard = cell.standard(space.x).detach()
+    standard = cell.typical(space.x).detach()
     power = density @ standard.square()
     def change(f: Tensor) -> Tensor:  # (functions, points) -> (functions,)
         f = f * (power / (f.square() @ density)).sqrt()[:, None]
@@ -255,7 +252,7 @@ def steepest(space: Space, cell: Cell, trust: float) -> list[Match]:
     return space.scan(change, shift=False)
 
 def proposals(cell: Cell, config: Config) -> list[Activation]:
-    """The functions to try, see --discretise: neither nearly straight lines nor the standard activation."""
+    """What to try, see --discretise: no nearly straight line; the standard only in a planted search."""
     trees = [cell.tree()]
     if config.candidates and config.discretise == 'project':
         space = Space(config.ops, config.clip, config.cell)
@@ -272,14 +269,15 @@ def proposals(cell: Cell, config: Config) -> list[Activation]:
         trees += [tree for row in itertools.zip_longest(*of_length) for tree in row if tree]
     functions = (Activation(tree, config.clip) for tree in trees)
     functions = (f for f in functions if nonlinearity(f) > (0.01 if config.teacher else 0.15)
-                 and (config.teacher or distance(f, cell.standard, False) > 0.01))
+                 and (config.teacher or distance(f, cell.typical, False) > 0.01))
     best = list(itertools.islice(functions, config.candidates)) or [Activation(cell.tree(), config.clip)]
     return [f.to(cell.grid.device) for f in best]
 
 def trials(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batches: Iterator,
            val_batches: Iterator, loss: Loss, config: Config, run: Run) -> Result:
     """Train the proposals on the same batches from the same weights; the best on validation data."""
-    functions, judge = proposals(cell, config), repeatable(val_batches, min(config.judge, config.steps))
+    functions = proposals(cell, config)
+    judge = data.repeatable(val_batches, min(config.judge, config.steps))
     if not config.candidates:
         cell.freed = False  # the free curve is no part of the function
         while cell.operations() > len(cell.choices):
@@ -287,25 +285,31 @@ def trials(model: nn.Module, cell: Cell, initial: dict[str, Tensor], train_batch
         with torch.no_grad():
             cell.tabulate()  # the discrete cell as the weights know it, normalised
         return functions[0], score(model, judge(), loss)
-    trial = dataclasses.replace(config, steps=max(2, round(config.trial_steps * config.steps)))
-    batches, everything = repeatable(train_batches, trial.steps * config.accumulate), Everything(model)
+    short = dataclasses.replace(config, steps=max(2, round(config.trial_steps * config.steps)))
+    batches, everything = data.repeatable(train_batches, short.steps * config.accumulate), Everything(model)
     start = initial if config.trials_from == 'scratch' else everything.state_dict()
     results, seen = run.state['results'], cell.seen.clone()
-    for f in [cell.standard, *functions]:
-        if f.expression not in results:
+    for k, f in enumerate([cell.standard, *functions]):
+        name = 'own' if f is cell.standard and isinstance(model, replaced) else f.expression
+        if name not in results:
+            begun = time.monotonic()
             everything.load_state_dict(start)
             cell.use_standard() if f is cell.standard else cell.use(f if start is initial else cell.fitted(f))
-            train(model, batches(), loss, trial)
-            results[f.expression] = result = score(model, judge(), loss)
+            train(model, batches(), loss, short)
+            results[name] = result = score(model, judge(), loss)
             everything.load_state_dict(start)  # what is saved now must propose the same functions again
             cell.seen[:len(seen)].copy_(seen)
-            run.log({'tried': f.expression, **result}, f"tried: loss {result['loss']:.4f}  {f.formula}")
+            minutes = (len(functions) - k) * (time.monotonic() - begun) / 60
+            run.log({'tried': name, **result},
+                    f"tried: loss {result['loss']:.4f}  {'own' if name == 'own' else f.formula}   "
+                    f'{minutes:.1f} min left')
             run.save()
     best = min(functions, key=lambda f: np.nan_to_num(results[f.expression]['loss'], nan=math.inf))
     best.zero_grad()  # its scalars stood at the sites of a trial
     if not math.isfinite(results[best.expression]['loss']):
         raise ValueError('all trials end with a loss that is not finite; try a smaller --lr')
-    return best, results[best.expression] | {'standard_loss': results[cell.standard.expression]['loss']}
+    standard = results['own' if isinstance(model, replaced) else cell.standard.expression]
+    return best, results[best.expression] | {'standard_loss': standard['loss']}
 
 # ---- the command line ----
 
@@ -318,15 +322,17 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
     cell = Cell(config.ops, config.clip, config.sampler, standard, config.normalise, config.cell)
     if config.teacher:
         teacher, model = teacher_and_student(lambda: named(config.teacher), cell.site)
-        teacher, loss = teacher.to(config.device), nn.functional.mse_loss
+        teacher, loss, config.digest = teacher.to(config.device), nn.functional.mse_loss, ''
         batches = [data.TeacherBatches(teacher, config.batch_size, seed, config.device) for seed in seeds]
     else:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
         model, loss = network(config, cell.site, dataset), cross_entropy
         config.digest = dataset.digest + getattr(model, 'source', '')
-        parts = train, _ = data.split(dataset, config.seed)
-        batches = [data.Batches(dataset, part, config.batch_size, seed, part is train, config.context,
-                                config.device) for part, seed in zip(parts, seeds)]
+        parts = data.split(dataset, config.seed)
+        batches = [data.Batches(dataset, part, config.batch_size, seed, augment, config.context,
+                                config.device) for part, seed, augment in zip(parts, seeds, (True, False))]
+    kinds = f'{cell.ops}, {data.ranks()} processes'  # a resumed run needs the same of these, too
+    config.digest += f'{zlib.crc32(kinds.encode()):08x}'
     return model.to(config.device), cell.to(config.device), *batches, loss
 
 def new_config(given: dict[str, Any]) -> Config:
@@ -341,8 +347,8 @@ def new_config(given: dict[str, Any]) -> Config:
         raise ValueError('--teacher is of --model toy and makes its data: leave out --data, --data-dir, '
                          '--side, --only, --tokens, --context and --compile')
     config.teacher = config.teacher if planted else ''
-    if planted and math.isnan(nonlinearity(named(config.teacher))):
-        raise ValueError(f'--teacher {config.teacher} is a constant: plant a function of x')
+    if planted and not nonlinearity(named(config.teacher)) > 0.01:
+        raise ValueError(f'--teacher {config.teacher} is a constant or a straight line: plant a curve')
     name = Path(config.model).name.replace('.py:', '-').replace(':', '-')
     config.out = config.out or f'runs/{name}-{config.data}-seed{config.seed}'
     return config
@@ -379,11 +385,13 @@ def main(arguments: Optional[list[str]] = None) -> None:
         for file in [place / name for name in FILES[:None if new else 1] if is_first()]:
             if file.exists() and file.stat().st_size:
                 advice = f'choose another --out, or go on by --resume {place}'
-                raise ValueError(f'{file} already exists; ' + (
-                    advice if new else f'the search is finished: python evaluate.py {place}'))
+                if file.name == FILES[0]:  # the result
+                    advice = f'the search is finished: python evaluate.py {place}, or choose another --out'
+                raise ValueError(f'{file} already exists; {advice}')
         model, cell, train_batches, val_batches, loss = prepare(config)
         if checkpoint and config.digest != digest:
-            raise ValueError(f'--resume {place}: data or network are not those of the run; give them back')
+            raise ValueError(f'--resume {place}: data, network, operations or number of processes are '
+                             'not those of the run; give them back')
         sites = model.describe() if isinstance(model, replaced) else f'{cell.sites} sites'
         print(f'{config.model} with {sites} on {config.data}: {config.steps} steps; run folder {place}',
               flush=True)

@@ -52,10 +52,10 @@ def test_text_loses_nothing():
     assert math.copysign(1, parse('bias(x, -0)').scalar) == -1
 
 @pytest.mark.parametrize('text, word', [
-    ('y', 'character 1'), ('relu', 'brackets'), ('relu(x', 'never closed at character 5'),
+    ('y', 'character 1'), ('relu', 'neither x nor'), ('relu(x', 'never closed at character 5'),
     ('reluu(x)', 'did you mean relu?'), ('__import__(x)', 'unknown operation'), ('mul(x)', 'mul(x, x)'),
     ('add(x, x, 1)', 'add(x, x)'), ('scale(x, x)', 'scale(x, 1)'), ('scale(x, 1e30)', 'below 1e30'),
-    ('const(-nan)', 'const(1)'), ('x.real', 'expected x'), ('scale(x, p=2)', 'letters'),
+    ('const(-nan)', 'const(1)'), ('x.real', 'character 1 begins'), ('scale(x, p=2)', 'letters'),
     ('relu(\ud800)', 'letters'), ('ｒelu(x)', 'letters'), ('neg(' * 61 + 'x' + ')' * 61, '60 operations'),
     ('x' * 10_001, '10,000'), ('const(' + '-' * 9_900 + '1)', ''), ('const(' + '9' * 5_000 + ')', '')])
 def test_wrong_text(text, word):

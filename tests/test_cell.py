@@ -43,6 +43,14 @@ def test_lookup_is_linear_interpolation(layout, monkeypatch):
     assert np.allclose(to_x, slope * g.numpy(), atol=1e-5)
     assert np.allclose(to_values, np.append(halves, 0) + np.append(0, halves), atol=1e-5)
 
+def test_a_second_derivative_is_refused():
+    """It would be 0, as a line has none, and the alphas would not see it."""
+    cell, sites = random_cell()
+    cell.tabulate()
+    x = torch.randn(9, requires_grad=True)
+    with pytest.raises(RuntimeError, match='no second derivative'):
+        torch.autograd.grad(sites[0](x).sum(), x, create_graph=True)
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_tables_of_the_standard_activations(dtype):
     """Each site has its own, also one that works in place; `values` has a gradient. The dtype of x comes

@@ -1,9 +1,12 @@
 """data.py: files in the publishers' layouts, made byte by byte; batches against loops and known values."""
 import hashlib
 import itertools
+import re
+import sys
 import tarfile
 import tracemalloc
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,6 +91,38 @@ def test_text_is_in_memory_twice(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2.3 * file.stat().st_size
+
+def test_gpt2_tokens(tmp_path, monkeypatch):
+    """Encoded some stories at a time, which changes nothing; END is one token."""
+    def encode(text, allowed_special):  # a word is its length
+        assert allowed_special == 'all'
+        return [50256 if word == '<|endoftext|>' else len(word) for word in re.findall(r'<.*?>|\w+', text)]
+    given = []
+    encoding = SimpleNamespace(encode=lambda text, **more: given.append(text) or encode(text, **more))
+    monkeypatch.setitem(sys.modules, 'tiktoken', SimpleNamespace(get_encoding={'gpt2': encoding}.get))
+    file = write(tmp_path / 'a', {'a.txt': TEXT * 11}) / 'a.txt'
+    dataset = load('tinystories', str(file), 'gpt2')
+    assert dataset.classes == 50257 and len(given) == 4
+    assert torch.cat([dataset.train, dataset.test]).tolist() == encode(TEXT.decode() * 11, 'all')
+
+def test_batches_that_are_kept(monkeypatch):
+    """An iterator of a user's is asked once, and left where it was if it can be. 1 GB goes round."""
+    class Numbers(itertools.count):
+        place = 0
+        state_dict = lambda self: {'place': self.place}
+
+        def __next__(self):
+            self.place += 1
+            return torch.full((1,), self.place), [torch.zeros(1).expand(2 ** 26)]  # 256 MB, as nbytes counts
+
+        def load_state_dict(self, state):
+            self.place = state['place']
+    numbers = Numbers()
+    again = data.repeatable(numbers, 7)
+    assert [[int(x) for x, _ in again()] for _ in range(2)] == [[1, 2, 3, 4, 1, 2, 3]] * 2
+    assert numbers.place == 0
+    del Numbers.load_state_dict
+    assert [int(x) for x, _ in data.repeatable(numbers, 3)()] == [1, 2, 3] and numbers.place == 3
 
 @pytest.mark.parametrize('name, files, options, words', [
     ('cifar10', {'data_batch_1': b'(lp0'}, {}, 'data_batch_1.bin.*binary.tar.gz.*pickles.*never read'),

@@ -182,7 +182,9 @@ def test_the_ledger_neither_repeats_nor_loses(run, capsys):
     """A finished run is not done again, nor under another name, nor with the data elsewhere. One of a changed
     network or of other data is. Lines that were cut, are no rows, or come from Windows do no harm."""
     before = run('silu')
+    assert 'from the ledger' not in capsys.readouterr().out
     assert run('silu(x)', ' silu ( x ) ') == before and len(before) == 4
+    assert capsys.readouterr().out.count('from the ledger') == 4
     Path('data').rename('moved')
     cifar_folder(Path('data'), seed=1)
     assert run('silu', '--data-dir', 'moved') == before and len(run('silu')) == 8

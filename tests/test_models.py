@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -195,6 +196,57 @@ def test_a_replaced_network_is_a_module():
     torch.testing.assert_close(torch.vmap(lambda v: other(v[None])[0])(x), other(x))
     assert torch.equal(torch.compile(other, backend='eager')(x), other(x))
 
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_a_checkpoint_that_is_switched_on_later(reentrant):
+    """In backward the network would call its own activations: refused, not done wrong. In eval it is well."""
+    class Later(nn.Linear):
+        on = False
+
+        def forward(self, x):
+            call = lambda v: F.gelu(super(Later, self).forward(v))
+            return checkpoint(call, x, use_reentrant=reentrant) if self.on else call(x)
+    model, x = Later(6, 6), torch.randn(5, 6, requires_grad=True)
+    other = replaced(model, lambda call: nn.ReLU(), x)
+    with torch.autograd.graph.save_on_cpu():
+        before = other(x)
+    model.on = True
+    with pytest.raises(RuntimeError, match='checkpoint.*switch it off'):
+        other(x)
+    with torch.no_grad():
+        assert torch.equal(other.eval()(x), before)
+
+def test_gradients_in_the_forward_pass():
+    """Forces are the slope of an energy, in eval mode as well."""
+    class Force(nn.Linear):
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(F.silu(super().forward(x)).sum(), x, create_graph=True)[0]
+    model, x = Force(6, 6).eval(), torch.randn(5, 6)
+    other = replaced(model, same, x)
+    assert torch.equal(other(x), model(x)) and torch.equal(other.train()(x), model(x))
+
+def test_other_threads():
+    """One that calls modules in the meantime, and two that share a network."""
+    x, wrong, ended = torch.randn(5, 6), [], threading.Event()
+    other = replaced(net(nn.Sequential(nn.GELU(), nn.ReLU())), same, x).eval()
+    sites, y = len(other.sites), other(x)
+
+    def meanwhile(call):
+        while not ended.is_set():
+            try:
+                call(x)
+            except Exception as error:
+                wrong.append(error)
+    threads = [threading.Thread(target=meanwhile, args=(call,)) for call in (nn.Sequential(nn.Tanh()), other)]
+    for thread in threads:
+        thread.start()
+    wrong += [1 for _ in range(300) if not torch.equal(other(x), y)]
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(other.sites) == sites
+
 # ---- --model ----
 
 def config(model):
@@ -253,8 +305,8 @@ def make():
     scale = json.loads(pathlib.Path(__file__).with_name('scale.json').read_text())
     return nn.Sequential(nn.Flatten(), Small(), nn.Linear(3072, data.CLASSES), nn.Softplus(scale))"""}
 
-@pytest.mark.parametrize('without', ['', 'models/__init__.py'])
-def test_own_file_sees_its_neighbours(without, tmp_path, monkeypatch):
+@pytest.mark.parametrize('without, prefix', [('', None), ('models/__init__.py', 'compiled')])
+def test_own_file_sees_its_neighbours(without, prefix, tmp_path, monkeypatch):
     """`models` and `data` beside the file are the user's, ours stay ours, changes count. FAULTS 6, 8, 9."""
     paths = {name: tmp_path / name for name in NEIGHBOURS if name != without}
     for name, path in paths.items():
@@ -263,6 +315,7 @@ def test_own_file_sees_its_neighbours(without, tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, path.stem, raising=False)
     monkeypatch.syspath_prepend(paths[UNREAD[1]].parent)
     monkeypatch.setattr(sys, 'dont_write_bytecode', False)
+    monkeypatch.setattr(sys, 'pycache_prefix', prefix and str(tmp_path / prefix))
     place = config(f'{tmp_path}/my nets.py:make')
     source = network(place, same, images()).source
     for name, path in paths.items():
@@ -274,6 +327,21 @@ def test_own_file_sees_its_neighbours(without, tmp_path, monkeypatch):
     assert network(place, same, images()).source == source
     import data
     assert len(source) == 8 and hasattr(data, 'load') and __import__('models') is models
+
+@pytest.mark.parametrize('top, inside, alike', [('', '', False), ('torch.manual_seed(7)', '', False),
+                                                ('', 'torch.manual_seed(7)', True)])
+def test_a_file_that_seeds(top, inside, alike, tmp_path, capsys):
+    """Seeds of ours are different networks, whatever the file does at its top; else it is said."""
+    (tmp_path / 'own.py').write_text(f'''import torch
+{top}
+def make():
+    {inside}
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5), torch.nn.ReLU())''')
+    sums = []
+    for seed in 0, 1, 0:
+        torch.manual_seed(seed)
+        sums.append(checksum(network(config(f'{tmp_path}/own.py:make'), same, images())))
+    assert sums[0] == sums[2] and (sums[0] == sums[1]) == alike == ('same weights' in capsys.readouterr().err)
 
 @pytest.mark.parametrize('name, described, published', [
     ('resnet50', '49 sites: 49 relu', 25557032 - 990 * 2049),

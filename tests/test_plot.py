@@ -27,7 +27,7 @@ def test_picture_of_a_search(tmp_path, capsys):
     finished = picture.read_bytes()
     (tmp_path / 'activation.json').unlink()
     (tmp_path / 'log.jsonl').write_bytes(b''.join(log[:3]) + log[3][:50])
-    assert size(plot.search(tmp_path)) == (1200, 1100) and picture.read_bytes() != finished
+    assert size(plot.picture(tmp_path)) == (1200, 1100) and picture.read_bytes() != finished
     for damaged in log[0], b'', b'{5}', b'{"a": 1}', b'\xff\xfe{}':
         (tmp_path / 'log.jsonl').write_bytes(damaged)
         assert f'{tmp_path}: log.jsonl is not of a run, or' in refused(['--plot', tmp_path], capsys)
@@ -37,7 +37,7 @@ def test_what_a_comparison_draws(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
     made, drawn = {'relu': 0.5, 'mine': 0.1} | {f'other {k}': 0.2 + k / 10 for k in range(7)}, []
     monkeypatch.setattr(Axes, 'set_yticks', lambda self, ticks, labels: drawn.extend(labels))
-    plot.comparison([row for name, accuracy in made.items() for row in rows(name, accuracy)], tmp_path / 'a.png')
+    plot.comparison([rows(name, accuracy)[0] for name, accuracy in made.items()], tmp_path / 'a.png')
     assert drawn == ['relu', 'mine', *(f'other {k}' for k in (6, 5, 4, 3, 2))]
 
 def test_comparison(tmp_path, monkeypatch, capsys):

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import cell
+import data
 import evaluate
 import search
 from activation import Activation
+from ops import select
 from test_search import NETS, ROOT, SMALL, cifar_folder, log, refused, run
 
 # ---- the run folder ----
@@ -134,12 +137,17 @@ def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
     assert own['settings'] == found['settings'] == own['settings'] | {'side': 16, 'only': 'gelu'}
     assert 'the search is finished: python evaluate.py' in refused(['--resume', home / 'run'], capsys)
 
-def test_what_is_lost_or_empty(tmp_path, capsys):
-    """A log that was cut is said, and begins anew with the settings; an empty one is no run."""
+def test_what_is_lost_or_other(tmp_path, monkeypatch, capsys):
+    """A log that was cut is said, and begins anew with the settings; an empty one is no run. None goes on with
+    other operations or with more processes, which make larger batches."""
     (tmp_path / 'log.jsonl').touch()
     run(tmp_path, '--steps', '4')
     (tmp_path / 'activation.json').unlink()
     (tmp_path / 'log.jsonl').write_bytes(b'{"con')
+    for place, name, other in (data, 'ranks', lambda: 2), (cell, 'select', lambda ops: select(ops + ',sin')):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, other)
+            assert 'operations or number of processes' in refused(['--resume', tmp_path], capsys)
     search.main(['--resume', str(tmp_path)])
     assert 'log.jsonl has been cut' in capsys.readouterr().err and log(tmp_path)[0]['standard'] == 'abs(x)'
 
@@ -155,6 +163,10 @@ WRONG = [line.strip().split(' => ') for line in '''
     search --batch-size 9999 => 1 to 3750
     search --model toy --teacher silo => did you mean silu
     search --model toy --teacher const(0.5) => is a constant
+    search --model toy --teacher scale(x,3) => or a straight line
+    search --ops -sinh => needs a =
+    search --lr 1e-3x => invalid number value
+    search --data-dir my.txt --model minigpt => --data tinystories
     search --model resnet20 --teacher silu => --teacher
     search --model toy --data cifar10_16 --teacher silu => --teacher
     search --model toy --compile => leave out
@@ -170,6 +182,9 @@ WRONG = [line.strip().split(' => ') for line in '''
     evaluate --model nowhere.py:make => there is no file
     evaluate --card relu --nearest mish => would ignore
     evaluate --card relu silu => --card would ignore activations
+    evaluate runs/none => there is no folder runs/none
+    evaluate found.py => there is no folder found.py
+    evaluate x*sigmoid(x) => as in add(x, relu(x))
     evaluate --nearest relu --plot a.png => --nearest would ignore plot
     evaluate --plot nowhere/a.png => no folder that exists
     search --model toy --tokens gpt2 => leave out

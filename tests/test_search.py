@@ -237,6 +237,18 @@ def test_any_network_by_a_call(monkeypatch):
     assert scores.keys() == {'loss', 'accuracy', 'standard_loss'} and starts == [first] * len(plain[5:])
     assert len(starts) > 1 and cell.standard.expression == 'leaky_relu(x)'
 
+def test_an_activation_that_is_none_of_ours():
+    """SELU is measured as itself and called so; of the known ones ELU is like it. ReLU is a proposal, too."""
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.SELU(), nn.Linear(8, 10)), next(images(0))[0]
+    config = Config(steps=4, ops='identity,relu,elu,gelu,left', trust=2.0, lengths=(2,), around=False)
+    cell = Cell(config.ops, sampler='softmax')
+    run = search.Run(config)
+    network = replaced(model, cell.site, x)
+    _, scores = search.search(network, cell, images(1), images(2), cross_entropy, config, run)
+    assert cell.standard.expression == 'elu(x)' and torch.equal(cell.typical(x), nn.SELU()(x))
+    assert {'own', 'relu(x)'} <= run.state['results'].keys()
+    assert scores['standard_loss'] == run.state['results']['own']['loss']
+
 class Deeper(nn.Module):
     """A network that goes deeper the more often it is called: its calls are not all known before."""
     def __init__(self):
@@ -320,14 +332,14 @@ def test_shrinking_ends_for_any_number_of_steps(steps, discretise, shrink):
 def test_the_best_of_the_functions_tried(discretise, steps, tmp_path, monkeypatch):
     """All train on the same batches from the same weights, no longer than the search, judgement included; the
     best is the result, never the standard."""
-    starts, counts, real, batches_of = [], [], search.train, search.repeatable
+    starts, counts, real, batches_of = [], [], search.train, data.repeatable
 
     def train(model, batches, *rest):
         batches = list(batches)
         starts.append(bits([*model.parameters(), batches[0][0], batches[-1][0]]))
         return real(model, iter(batches), *rest)
     monkeypatch.setattr(search, 'train', train)
-    monkeypatch.setattr(search, 'repeatable', lambda b, n: counts.append(n) or batches_of(b, n))
+    monkeypatch.setattr(data, 'repeatable', lambda b, n: counts.append(n) or batches_of(b, n))
     judged, scored = [], search.score
 
     def score(model, batches, loss):
@@ -386,7 +398,7 @@ def test_methods_and_presets():
     assert (once.candidates, once.start, once.warm_alphas) == (0, 0.0, True)
     for preset, model in itertools.product(search.PRESETS, evaluate.STANDARD):
         search.new_config(dict(preset=preset, model=model))
-    rates = [search.new_config(given).lr for given in ({'model': 'tinygpt'}, {'model': 'tinygpt', 'lr': 3e-3})]
+    rates = [search.new_config({'model': 'tinygpt', **given}).lr for given in ({}, {'lr': 3e-3})]
     assert rates == [1e-3, 3e-3]
     options = dict(sampler='shared', normalise='none', shape='core', clip=3.0)
     given = {'cell' if name == 'shape' else name: value for name, value in options.items()}

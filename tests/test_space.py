@@ -80,7 +80,7 @@ def test_keys_are_equal_for_what_is_equal_to_1e_6(spellings):
 
 def proposed(grid=X, **collected):
     """By `steepest`, from what a cell with ReLU has collected, at the space's points or on another grid."""
-    cell = SimpleNamespace(grid=grid, bins=torch.arange(len(grid)), standard=F.relu, **collected)
+    cell = SimpleNamespace(grid=grid, bins=torch.arange(len(grid)), typical=F.relu, **collected)
     return steepest(SPACE, cell, 0.8)
 
 def spread(v):
