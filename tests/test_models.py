@@ -238,7 +238,8 @@ def test_other_threads():
                 call(x)
             except Exception as error:
                 wrong.append(error)
-    threads = [threading.Thread(target=meanwhile, args=(call,)) for call in (nn.Sequential(nn.Tanh()), other)]
+    threads = [threading.Thread(target=meanwhile, args=(call,), daemon=True)
+               for call in (nn.Sequential(nn.Tanh()), other)]
     for thread in threads:
         thread.start()
     wrong += [1 for _ in range(300) if not torch.equal(other(x), y)]
