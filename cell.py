@@ -113,7 +113,7 @@ class Cell(nn.Module):
         self.free, self.freed = nn.Parameter(torch.zeros(97)), False  # see `tabulate`
         self.temperature = 1.0  # of the softmax sampler: towards 0 all weight goes to the highest alpha
         self.standard, self.standards, self.sites = named(standard), [], 0
-        self.typical = self.standard.forward  # the most frequent of `standards`, as the network calls it
+        self.typical = self.standard.forward  # what most sites have: `standard`, or what the network calls
         self.register_buffer('grid', uniform_grid(points), persistent=False)
         self.register_buffer('bins', ((torch.arange(BINS) + 0.5) * points / BINS).long(), persistent=False)
         self.register_buffer('seen', torch.empty(0, BINS))  # (sites, BINS) running histograms of the inputs

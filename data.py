@@ -194,7 +194,9 @@ def meet(device: str) -> None:
     """Under torchrun: wait for the other ranks. Only the first of them speaks and writes."""
     if 'TORCHELASTIC_RUN_ID' in os.environ and not dist.is_initialized():
         if device == 'cuda':
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+            if (rank := int(os.environ['LOCAL_RANK'])) >= torch.cuda.device_count():
+                raise ValueError(f'process {rank} has no GPU: a smaller --nproc-per-node, or --device cpu')
+            torch.cuda.set_device(rank)
         dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
         if not is_first():
             sys.stdout = open(os.devnull, 'w')

@@ -158,7 +158,6 @@ def check_device(device: str) -> str:
     present = {'cuda': torch.cuda.device_count(), 'cpu': 1}
     device = device if device != 'auto' else next(name for name, count in present.items() if count)
     kind, _, index = device.partition(':')
-    index = index or os.environ.get('LOCAL_RANK', '0') * (kind == 'cuda')
     if not re.fullmatch(r'[a-z]+(:\d+)?', device) or int(index or 0) >= present.get(kind, 0):
         raise ValueError(f'--device {device} is not there, or not in this PyTorch; use --device cpu')
     data.meet(device)

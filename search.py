@@ -150,7 +150,8 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     if isinstance(model, replaced):  # the standard: its most frequent activation, or the known one like it
         names = [key[-2] for key in model.index]
         usual = max(names, key=names.count)
-        cell.typical = cell.standards[names.index(usual)]
+        original = model.now[list(model.index)[names.index(usual)]]
+        cell.typical = lambda x: original(x.to(cell.grid.device)).to(x)
         like = functools.partial(distance, target=cell.typical, rescale=False)
         cell.standard = named(usual) if usual in NAMED else min(map(named, NAMED), key=like)
     cell.reset(1e-3, config.start)

@@ -138,8 +138,8 @@ def test_from_one_folder_to_another(tmp_path, monkeypatch, capsys):
     assert 'the search is finished: python evaluate.py' in refused(['--resume', home / 'run'], capsys)
 
 def test_what_is_lost_or_other(tmp_path, monkeypatch, capsys):
-    """A log that was cut is said, and begins anew with the settings; an empty one is no run. None goes on with
-    other operations or with more processes, which make larger batches."""
+    """A log that was cut is said, and begins anew with the settings; an empty one is no run. None goes on
+    with other operations, or with more processes, which make larger batches."""
     (tmp_path / 'log.jsonl').touch()
     run(tmp_path, '--steps', '4')
     (tmp_path / 'activation.json').unlink()

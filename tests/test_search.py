@@ -238,12 +238,15 @@ def test_any_network_by_a_call(monkeypatch):
     assert len(starts) > 1 and cell.standard.expression == 'leaky_relu(x)'
 
 def test_an_activation_that_is_none_of_ours():
-    """SELU is measured as itself and called so; of the known ones ELU is like it. ReLU is a proposal, too."""
-    model, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.SELU(), nn.Linear(8, 10)), next(images(0))[0]
+    """SELU is measured as itself and called so; of the known ones ELU is like it. ReLU is a proposal, too.
+    All calls may share a site."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.GELU(), nn.SELU(), nn.SELU())
+    x, _ = next(images(0))
     config = Config(steps=4, ops='identity,relu,elu,gelu,left', trust=2.0, lengths=(2,), around=False)
     cell = Cell(config.ops, sampler='softmax')
     run = search.Run(config)
-    network = replaced(model, cell.site, x)
+    shared = cell.site(nn.SELU())
+    network = replaced(model, lambda call: shared, x)
     _, scores = search.search(network, cell, images(1), images(2), cross_entropy, config, run)
     assert cell.standard.expression == 'elu(x)' and torch.equal(cell.typical(x), nn.SELU()(x))
     assert {'own', 'relu(x)'} <= run.state['results'].keys()
