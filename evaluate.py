@@ -383,8 +383,10 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 raise ValueError(f"no runs in {', '.join(empty)}: give the file of --out")
             rows = sum(ledgers.values(), [])
         else:
-            if 'plot' in given and pyplot() and not Path(given['plot']).absolute().parent.is_dir():
+            if 'plot' in given and not Path(given['plot']).absolute().parent.is_dir():
                 raise ValueError(f"--plot {given['plot']} is in no folder that exists")
+            if 'plot' in given:
+                pyplot()  # better to miss it now than after the trainings
             config = configure(Training, PRESETS, given)
             names = [name.strip() for name in given.get('baselines', BASELINES).split(',')]
             names = [*given.get('activations', ()), *(name for name in names if name not in ('', 'none')),
