@@ -71,7 +71,7 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         if torch.is_grad_enabled():  # create_graph: it would be 0, without a word
-            raise RuntimeError('the table of a cell has no second derivative: the loss must not need one')
+            raise ValueError('a cell has no second derivative: neither loss nor network may need one')
         index, lines = ctx.saved_tensors
         slope, to_values = lines.imag.contiguous(), ctx.needs_input_grad[0]
         dx = torch.empty_like(index, dtype=g.dtype)
@@ -113,7 +113,7 @@ class Cell(nn.Module):
         self.free, self.freed = nn.Parameter(torch.zeros(97)), False  # see `tabulate`
         self.temperature = 1.0  # of the softmax sampler: towards 0 all weight goes to the highest alpha
         self.standard, self.standards, self.sites = named(standard), [], 0
-        self.typical = self.standard.forward  # what most sites have: `standard`, or what the network calls
+        self.original: list[Callable] = []  # the activation that most sites had, if not `standard`
         self.register_buffer('grid', uniform_grid(points), persistent=False)
         self.register_buffer('bins', ((torch.arange(BINS) + 0.5) * points / BINS).long(), persistent=False)
         self.register_buffer('seen', torch.empty(0, BINS))  # (sites, BINS) running histograms of the inputs
@@ -236,6 +236,10 @@ class Cell(nn.Module):
     def use_standard(self) -> None:
         """Put its own standard activation at every site, without a table (warm start)."""
         self.functions, self.values, self.learns = self.standards, None, False
+
+    def typical(self, x: Tensor) -> Tensor:
+        """What most sites have in the warm start, as the network calls it."""
+        return self.original[0](x.to(self.grid.device)).to(x) if self.original else self.standard(x)
 
     def curve(self, x: Tensor) -> Tensor:
         """(points,) the relaxed function at its mean weights, op by op, not normalised."""

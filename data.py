@@ -297,17 +297,19 @@ class Batches(Iterator):
 
 def repeatable(batches: Iterator, count: int) -> Callable[[], Iterator]:
     """The next `count` batches, as often as wanted. Ours are made again; others are kept, up to 1 GB, and go
-    round. Those that have a state are left as they were."""
+    round. Those with load_state_dict are left as they were."""
     if isinstance(batches, Batches):
         start = copy.copy(batches)
         return lambda: itertools.islice(copy.copy(start), count)
-    state, kept, size = batches.state_dict() if hasattr(batches, 'load_state_dict') else None, [], 0
+    state, kept, size = getattr(batches, 'state_dict', lambda: None)(), [], 0
     for batch in itertools.islice(batches, count):
         kept.append(batch)
         size += sum(t.nbytes for t in tree_leaves(batch) if isinstance(t, Tensor))
         if size > 2 ** 30:
             break
-    if state is not None:
+    if not kept:
+        raise ValueError('the batches have ended: give an iterator without end')
+    if state is not None and hasattr(batches, 'load_state_dict'):
         batches.load_state_dict(state)
     return lambda: itertools.islice(itertools.cycle(kept), count)
 

@@ -155,11 +155,12 @@ def configure(kind: type[Training], presets: dict[str, dict], given: dict[str, A
 def check_device(device: str) -> str:
     """The device, for 'auto' the best there is; under torchrun, whose ranks meet here, the rank's own.
     Raises ValueError when it is not there. Apple's mps is not among them: it has no float64."""
-    present = {'cuda': torch.cuda.device_count(), 'cpu': 1}
+    present = {'cuda': torch.cuda.device_count() * torch.cuda.is_available(), 'cpu': 1}
     device = device if device != 'auto' else next(name for name, count in present.items() if count)
     kind, _, index = device.partition(':')
     if not re.fullmatch(r'[a-z]+(:\d+)?', device) or int(index or 0) >= present.get(kind, 0):
-        raise ValueError(f'--device {device} is not there, or not in this PyTorch; use --device cpu')
+        raise ValueError(f'--device {device} is not there, or not in this PyTorch; there are '
+                         + ', '.join(f'{count} {name}' for name, count in present.items()))
     data.meet(device)
     if device.startswith('cuda:'):
         torch.cuda.set_device(device)  # whose random state a checkpoint keeps
@@ -397,8 +398,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
                 if (str(known), getattr(known, 'clip', None)) != (str(f), f.clip):
                     raise ValueError(f'two functions are called {name}: rename one of the run folders')
             seeds = given.get('seeds', range(3))
-            print(f'{config.model} on {config.data}: {len(activations)} functions on {len(seeds)} seeds, '
-                  f'{config.steps} steps each; those in {config.out} are not trained again', flush=True)
+            print(f'{config.model} on {config.data}; functions: {len(activations)}, seeds: {len(seeds)}, '
+                  f'steps: {config.steps}; what {config.out} holds is not trained again', flush=True)
             rows = evaluate(activations, config, seeds)
         print('\n' + report(rows))
         if 'plot' in given:

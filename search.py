@@ -5,7 +5,6 @@ weight step (weights of the network, on training data), strictly separated, whil
 by one (arXiv 2408.06820, sections 3.2 and 3.3). Then a few functions are trained, and the best is the result.
 """
 import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
@@ -70,7 +69,7 @@ class Config(Training):
     around: bool = option(True)           # gradient: only functions that contain the standard activation
     trials_from: str = option('scratch')  # trials begin with the initial weights; trained: the descent's
     judge: int = option(10)               # validation batches that score a trial; at most the steps
-    digest: str = option('')              # of data and network: a run goes on with the same
+    digest: str = option('')              # of data, network, operations: a run goes on with the same
 
     def at(self, share: float) -> int:
         """The step at a share of the steps; at least one comes after it."""
@@ -147,11 +146,11 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     everything = Everything(model)
     initial = everything.state_dict()
     cell.to(weights[0].device)  # one of a user's may have stayed on the CPU
+    cell.original = []
     if isinstance(model, replaced):  # the standard: its most frequent activation, or the known one like it
         names = [key[-2] for key in model.index]
         usual = max(names, key=names.count)
-        original = model.now[list(model.index)[names.index(usual)]]
-        cell.typical = lambda x: original(x.to(cell.grid.device)).to(x)
+        cell.original = [model.now[list(model.index)[names.index(usual)]]]
         like = functools.partial(distance, target=cell.typical, rescale=False)
         cell.standard = named(usual) if usual in NAMED else min(map(named, NAMED), key=like)
     cell.reset(1e-3, config.start)
@@ -392,7 +391,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
         model, cell, train_batches, val_batches, loss = prepare(config)
         if checkpoint and config.digest != digest:
             raise ValueError(f'--resume {place}: data, network, operations or number of processes are '
-                             'not those of the run; give them back')
+                             'not those of the run; give them back, or search anew')
         sites = model.describe() if isinstance(model, replaced) else f'{cell.sites} sites'
         print(f'{config.model} with {sites} on {config.data}: {config.steps} steps; run folder {place}',
               flush=True)

@@ -123,6 +123,8 @@ def test_batches_that_are_kept(monkeypatch):
     assert numbers.place == 0
     del Numbers.load_state_dict
     assert [int(x) for x, _ in data.repeatable(numbers, 3)()] == [1, 2, 3] and numbers.place == 3
+    with pytest.raises(ValueError, match='without end'):
+        data.repeatable(iter([]), 3)
 
 @pytest.mark.parametrize('name, files, options, words', [
     ('cifar10', {'data_batch_1': b'(lp0'}, {}, 'data_batch_1.bin.*binary.tar.gz.*pickles.*never read'),
