@@ -113,7 +113,7 @@ class Cell(nn.Module):
         self.free, self.freed = nn.Parameter(torch.zeros(97)), False  # see `tabulate`
         self.temperature = 1.0  # of the softmax sampler: towards 0 all weight goes to the highest alpha
         self.standard, self.standards, self.sites = named(standard), [], 0
-        self.original: list[Callable] = []  # the activation that most sites had, if not `standard`
+        self.original: Optional[Callable] = None  # what most sites had in a network that is not ours
         self.register_buffer('grid', uniform_grid(points), persistent=False)
         self.register_buffer('bins', ((torch.arange(BINS) + 0.5) * points / BINS).long(), persistent=False)
         self.register_buffer('seen', torch.empty(0, BINS))  # (sites, BINS) running histograms of the inputs
@@ -239,7 +239,7 @@ class Cell(nn.Module):
 
     def typical(self, x: Tensor) -> Tensor:
         """What most sites have in the warm start, as the network calls it."""
-        return self.original[0](x.to(self.grid.device)).to(x) if self.original else self.standard(x)
+        return self.original(x.to(self.grid.device)).to(x) if self.original else self.standard(x)
 
     def curve(self, x: Tensor) -> Tensor:
         """(points,) the relaxed function at its mean weights, op by op, not normalised."""

@@ -61,7 +61,10 @@ class Dataset:
     def digest(self) -> str:
         """CRC-32 of the training and test data: the same for the same data, in whatever files it came."""
         tensors = (*self.train, *self.test) if self.kind == 'image' else (self.train, self.test)
-        return f'{functools.reduce(lambda crc, t: zlib.crc32(t.contiguous().numpy(), crc), tensors, 0):08x}'
+        crc = 0
+        for tensor in tensors:
+            crc = zlib.crc32(tensor.contiguous().numpy(), crc)
+        return f'{crc:08x}'
 
     @functools.cached_property
     def normal(self) -> tuple[Tensor, Tensor]:

@@ -159,8 +159,8 @@ def check_device(device: str) -> str:
     device = device if device != 'auto' else next(name for name, count in present.items() if count)
     kind, _, index = device.partition(':')
     if not re.fullmatch(r'[a-z]+(:\d+)?', device) or int(index or 0) >= present.get(kind, 0):
-        raise ValueError(f'--device {device} is not there, or not in this PyTorch; there are '
-                         + ', '.join(f'{count} {name}' for name, count in present.items()))
+        raise ValueError(f'--device {device} is not there, or not in this PyTorch; choose among '
+                         + ', '.join(f'{count} {name}' for name, count in present.items() if count))
     data.meet(device)
     if device.startswith('cuda:'):
         torch.cuda.set_device(device)  # whose random state a checkpoint keeps

@@ -198,7 +198,6 @@ ACTIVATIONS = ('relu', 'relu6', 'hardtanh', 'gelu', 'silu', 'leaky_relu', 'elu',
 GATES = ('sigmoid', 'tanh', 'hardsigmoid', 'clamp', 'clamp_min')    # sites only where `only` names them
 KNOWN = {*ACTIVATIONS, *GATES, *('prelu rrelu glu softmax log_sigmoid lstm gru rnn_tanh rnn_relu lstm_cell '
                                  'gru_cell rnn_tanh_cell rnn_relu_cell').split()}
-TWICE = 'torch.utils.checkpoint calls activations again in backward, out of reach: switch it off'
 ONE_PASS = threading.RLock()    # at a time: a pass counts its calls, and its hooks and its stance are global
 FUSED = re.compile('(?!.*backward).*(elu|silu|swish|mish|activation|encoder_layer)')    # with something else
 
@@ -236,10 +235,9 @@ class replaced(nn.Module, TorchFunctionMode):
         buffers = {key: b.clone() for key, b in self.named_buffers()}
         weights = [p for p in self.model.parameters() if p.requires_grad]
         cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
-        once = torch.autograd.graph.disable_saved_tensors_hooks(TWICE)
         self.model.train(training)
         # BaseTorchDispatchMode calls kernels as Python functions: those of torch.jit and C++ are seen
-        with torch.random.fork_rng(cuda), torch.set_grad_enabled(training), once, BaseTorchDispatchMode():
+        with torch.random.fork_rng(cuda), torch.set_grad_enabled(training), BaseTorchDispatchMode():
             output = torch.func.functional_call(self, buffers, tree_map_only(Tensor, Tensor.clone, args))
             if self.hidden:
                 raise ValueError(f'out of reach: {counted(self.hidden)}, in torch.jit, torch.vmap or a fused '
@@ -285,13 +283,13 @@ class replaced(nn.Module, TorchFunctionMode):
         x, *rest = args or [kwargs.pop('input')]
         in_place = text.endswith('_') or kwargs.get('inplace', False)
         taken = name in self.kinds and x.is_floating_point()
+        if taken and self.graded and self.checkpointed():
+            raise ValueError('torch.utils.checkpoint calls activations twice, out of reach: switch it off')
         frozen = self.model.training and not torch.is_grad_enabled()    # or inside a torch.autograd.Function
         if self.recording and (frozen or not taken):
             self.left.setdefault(key, name + ' without gradient' * taken)
         if not taken or key in self.left:
             return function(x, *rest, **kwargs)
-        if self.graded and self.again():
-            raise ValueError(TWICE)
         # the site has the call as it is now: a slope may be drawn anew, or be a buffer
         self.now[key] = call = lambda v: function(v.clone() if in_place else v, *rest, **kwargs)
         if key not in self.index:
@@ -303,8 +301,8 @@ class replaced(nn.Module, TorchFunctionMode):
         y = call(v) if self.recording else self.index[key](v)
         return x.copy_(y) if in_place else y
 
-    def again(self) -> bool:
-        """Whether torch.utils.checkpoint stands between this pass and the call: it makes the call twice."""
+    def checkpointed(self) -> bool:
+        """Whether torch.utils.checkpoint stands between this pass and the activation that is called."""
         frame = sys._getframe(2)
         while frame and frame.f_code is not self.code:
             if frame.f_code.co_filename == torch.utils.checkpoint.__file__:

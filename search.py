@@ -146,11 +146,12 @@ def search(model: nn.Module, cell: Cell, train_batches: Iterator, val_batches: I
     everything = Everything(model)
     initial = everything.state_dict()
     cell.to(weights[0].device)  # one of a user's may have stayed on the CPU
-    cell.original = []
+    cell.original = None
     if isinstance(model, replaced):  # the standard: its most frequent activation, or the known one like it
-        names = [key[-2] for key in model.index]
+        calls = list(model.index)
+        names = [name for *_, name, _ in calls]
         usual = max(names, key=names.count)
-        cell.original = [model.now[list(model.index)[names.index(usual)]]]
+        cell.original = model.now[calls[names.index(usual)]]
         like = functools.partial(distance, target=cell.typical, rescale=False)
         cell.standard = named(usual) if usual in NAMED else min(map(named, NAMED), key=like)
     cell.reset(1e-3, config.start)
@@ -322,17 +323,17 @@ def prepare(config: Config) -> tuple[nn.Module, Cell, Iterator, Iterator, Loss]:
     cell = Cell(config.ops, config.clip, config.sampler, standard, config.normalise, config.cell)
     if config.teacher:
         teacher, model = teacher_and_student(lambda: named(config.teacher), cell.site)
-        teacher, loss, config.digest = teacher.to(config.device), nn.functional.mse_loss, ''
+        teacher, loss, digest = teacher.to(config.device), nn.functional.mse_loss, ''
         batches = [data.TeacherBatches(teacher, config.batch_size, seed, config.device) for seed in seeds]
     else:
         dataset = data.load(config.data, config.data_dir or None, config.tokens, config.side or None)
         model, loss = network(config, cell.site, dataset), cross_entropy
-        config.digest = dataset.digest + getattr(model, 'source', '')
+        digest = dataset.digest + getattr(model, 'source', '')
         parts = data.split(dataset, config.seed)
         batches = [data.Batches(dataset, part, config.batch_size, seed, augment, config.context,
                                 config.device) for part, seed, augment in zip(parts, seeds, (True, False))]
     kinds = f'{cell.ops}, {data.ranks()} processes'  # a resumed run needs the same of these, too
-    config.digest += f'{zlib.crc32(kinds.encode()):08x}'
+    config.digest = f'{digest}{zlib.crc32(kinds.encode()):08x}'
     return model.to(config.device), cell.to(config.device), *batches, loss
 
 def new_config(given: dict[str, Any]) -> Config:
